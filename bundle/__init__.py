@@ -1,0 +1,1 @@
+"""The contract between export and serve: manifest, store, preprocessing, session, metrics, errors. Never torch."""

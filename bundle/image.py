@@ -1,0 +1,65 @@
+"""Encoded image -> uint8 pixels: the only decoding, resizing and cropping in the repository."""
+
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from bundle.errors import BadInput
+from bundle.manifest import ImageInput
+
+_RESAMPLING = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def preprocess(raw: bytes, spec: ImageInput) -> np.ndarray:
+    """One PNG or JPEG as the graph takes it.
+
+    Resizing and cropping follow torchvision's `Resize(spec.resize)` (antialiased) and `CenterCrop`, bit for bit.
+
+    Returns:
+        uint8 (height, width, 3), C-contiguous, RGB. Transparency is dropped, 16 bits are cut to the upper 8.
+
+    Raises:
+        BadInput: the bytes are not a whole PNG or JPEG, or beyond spec.max_bytes or spec.max_pixels.
+    """
+    image = _decode(raw, spec)
+    width, height = image.size
+    short = min(width, height)
+    size = (int(spec.resize * width / short), int(spec.resize * height / short))  # the longer side is cut, not rounded
+    if max(size) > 100 * spec.resize:
+        raise BadInput(f"image of {width} × {height} pixels is too narrow to be resized to {spec.resize}.")
+    image = image.resize(size, _RESAMPLING[spec.interpolation])
+    left, top = round((size[0] - spec.width) / 2), round((size[1] - spec.height) / 2)
+    image = image.crop((left, top, left + spec.width, top + spec.height))
+    return np.array(image, dtype=np.uint8)
+
+
+def _decode(raw: bytes, spec: ImageInput) -> Image.Image:
+    if len(raw) > spec.max_bytes:
+        raise BadInput(f"image has {len(raw)} bytes; the limit is {spec.max_bytes}.")
+    try:
+        image = Image.open(BytesIO(raw), formats=("PNG", "JPEG"))
+        pixels = image.width * image.height
+        if pixels > spec.max_pixels:  # before anything is decoded
+            raise BadInput(f"image has {image.width} × {image.height} pixels; the limit is {spec.max_pixels}.")
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except BadInput:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadInput(f"image has too many pixels; the limit is {spec.max_pixels}.") from error
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, … on broken files
+        raise BadInput(f"not a readable PNG or JPEG ({len(raw)} bytes): {error}.") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion saturates instead of scaling
+        pixels = np.asarray(image).astype(np.int64)
+        return Image.fromarray(np.clip(pixels >> 8, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "P":  # by way of RGBA: a palette whose transparency is bytes warns otherwise
+        image = image.convert("RGBA")
+    return image.convert("RGB")

@@ -1,0 +1,174 @@
+"""The types of manifest.json. docs/bundle-format.md is the normative page.
+
+Preprocessing and tasks are the same types in a checkpoint (docs/checkpoint-format.md), so that training, the
+gate, the server and offline scoring cannot disagree about them.
+"""
+
+from typing import Literal
+
+import msgspec
+
+FORMAT = "edgeward-bundle"
+FORMAT_VERSION = 1
+
+Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A JSON object of the formats: immutable, every key known."""
+
+
+class TextInput(Record, frozen=True, kw_only=True, tag="text", tag_field="type"):
+    """One UTF-8 text per example, tokenised by the `tokenizer.json` that lies beside the manifest."""
+
+    column: str
+    max_length: int  # tokens, special ones included; longer texts are cut at the end
+    pad_id: int
+    buckets: tuple[int, ...]  # padded lengths, ascending; the last is max_length
+    max_bytes: int = 1 << 20  # of one text
+
+    def __post_init__(self) -> None:
+        """Refuse lengths that could not hold a text of max_length tokens."""
+        if not self.buckets or list(self.buckets) != sorted(set(self.buckets)) or self.buckets[-1] != self.max_length:
+            raise ValueError(f"buckets {self.buckets} must ascend to max_length {self.max_length}")
+
+
+class ImageInput(Record, frozen=True, kw_only=True, tag="image", tag_field="type"):
+    """One PNG or JPEG per example.
+
+    Decoded, turned upright by its EXIF orientation, converted to RGB, its shorter side resized to `resize`, its
+    centre cropped to height × width. The graph scales by mean and std.
+    """
+
+    column: str
+    height: int
+    width: int
+    resize: int  # pixels of the shorter side before the crop
+    interpolation: Literal["bilinear", "bicubic", "lanczos"]
+    mean: tuple[float, float, float]  # of RGB in [0, 1]
+    std: tuple[float, float, float]
+    max_bytes: int = 32 << 20  # of one encoded image
+    max_pixels: int = 50_000_000  # of one decoded image
+
+    def __post_init__(self) -> None:
+        """Refuse a crop that is larger than what it is cut from."""
+        if not 0 < max(self.height, self.width) <= self.resize:
+            raise ValueError(f"crop {self.height} × {self.width} must be positive and fit into resize {self.resize}")
+
+
+Input = TextInput | ImageInput
+
+
+class Multiclass(Record, frozen=True, kw_only=True, tag="multiclass", tag_field="kind"):
+    """Exactly one of the labels holds."""
+
+    name: str
+    labels: tuple[str, ...]
+
+
+class Multilabel(Record, frozen=True, kw_only=True, tag="multilabel", tag_field="kind"):
+    """Any number of the labels holds; each is predicted when its score reaches the threshold."""
+
+    name: str
+    labels: tuple[str, ...]
+    threshold: float = 0.5
+
+
+class Regression(Record, frozen=True, kw_only=True, tag="regression", tag_field="kind"):
+    """One number; the graph gives it standardised, `value = logit × std + mean`."""
+
+    name: str
+    mean: float
+    std: float
+
+
+Task = Multiclass | Multilabel | Regression
+
+
+class GateRecord(Record, frozen=True, kw_only=True):
+    """How a variant's accuracy on the gate split compares with PyTorch's, example by example."""
+
+    verdict: Verdict
+    metric: str
+    examples: int
+    reference: float  # the metric in PyTorch, a fraction
+    served: float  # the metric of the variant
+    drop: float  # reference - served
+    drop_upper: float  # one-sided upper confidence bound of the drop
+    budget: float  # largest drop that passes
+    confidence: float
+    disagreement: float  # fraction of examples whose predicted label differs
+
+
+class Latency(Record, frozen=True, kw_only=True):
+    """Time of one session run at batch 1, timed in turns with the fp32 variant."""
+
+    p50_ms: float
+    fp32_p50_ms: float
+    ratio: float  # median of the block ratios variant / fp32
+    ratio_upper: float  # upper end of its 95% bootstrap interval
+    threads: int
+
+
+class Variant(Record, frozen=True, kw_only=True):
+    """One compiled graph, and what was measured of it on the machine that built it."""
+
+    name: str
+    file: str
+    precision: Literal["fp32", "int8"]
+    device: Literal["cpu", "cuda"]
+    isa: str
+    batch_invariant: bool  # bit-equal whatever it is batched and padded with; if not, it runs at batch 1, unpadded
+    tolerance: float  # largest difference of a golden logit that the self-test accepts
+    parity: float  # largest difference of a logit from PyTorch's, over the parity examples
+    gate: GateRecord | None  # none for fp32, which passes on parity alone
+    latency: Latency
+
+
+class Golden(Record, frozen=True, kw_only=True):
+    """One raw example and what must come of it."""
+
+    file: str  # the raw bytes
+    tensors: dict[str, str]  # graph input -> .npy file of the preprocessed example, without batch axis
+    exact: bool  # tensors are equal bit for bit; otherwise (JPEG) within 2 of 255 on average 0.5
+    logits: dict[str, dict[str, tuple[float, ...]]]  # variant -> graph output -> row
+
+
+class Provenance(Record, frozen=True, kw_only=True):
+    """Where the bundle comes from."""
+
+    created: str  # ISO 8601, UTC
+    command: tuple[str, ...]
+    model: str
+    data: str
+    data_sha256: str
+    checkpoint_sha256: str
+    cpu: str
+    versions: dict[str, str]
+
+
+class FileEntry(Record, frozen=True, kw_only=True):
+    """A file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+class Manifest(Record, frozen=True, kw_only=True):
+    """The whole of manifest.json."""
+
+    format: Literal["edgeward-bundle"]
+    format_version: int
+    name: str
+    version: int
+    input: Input
+    tasks: tuple[Task, ...]
+    variants: tuple[Variant, ...]  # the first that fits the device is served
+    goldens: tuple[Golden, ...]
+    provenance: Provenance
+    files: dict[str, FileEntry]  # every other file but manifest.sha256
+
+
+def to_json(record: msgspec.Struct) -> bytes:
+    """The record as indented UTF-8 JSON; numbers round-trip exactly."""
+    return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"

@@ -1,0 +1,142 @@
+"""A bundle on a device: raw examples in, answers out. The one predict path of gate, server and scorer."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import structlog
+
+from bundle import outputs, preprocess, text
+from bundle.errors import BundleUnsupported, SelfTestFailed
+from bundle.host import isa_class
+from bundle.manifest import Golden, ImageInput, Input, Manifest, TextInput, Variant
+from bundle.session import Device, Session
+from bundle.store import Bundle, open_bundle
+
+log = structlog.get_logger()
+
+MAX_ROWS = 64  # of one session run; more examples are run in turns
+JPEG_MEAN, JPEG_MAX = 0.5, 32  # of 255: what two decoders may differ by, on average and at most
+
+
+def predict_logits(
+    session: Session, spec: Input, rows: Sequence[np.ndarray], *, batch_invariant: bool
+) -> dict[str, np.ndarray]:
+    """Graph outputs for any number of preprocessed examples.
+
+    A graph that is not bit-equal over batch and padding runs one example at a time, unpadded, so that an answer
+    never depends on its neighbours.
+
+    Args:
+        session: of the graph.
+        spec: how the examples were preprocessed.
+        rows: tensors without batch axis, from bundle.preprocess.encoder; at least one.
+        batch_invariant: see Variant.
+    """
+    size = MAX_ROWS if batch_invariant else 1
+    parts = []
+    for start in range(0, len(rows), size):
+        batch = rows[start : start + size]
+        length = None
+        if batch_invariant and isinstance(spec, TextInput):
+            length = text.bucket(max(map(len, batch)), spec)
+        parts.append(session.run(preprocess.collate(batch, spec, length)))
+    return parts[0] if len(parts) == 1 else {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+
+
+class Model:
+    """One variant of a bundle, loaded, and self-tested by `load_model`. Its methods may be called from several threads.
+
+    Attributes:
+        manifest: of the bundle.
+        variant: the one that is served.
+        session: the bare graph.
+    """
+
+    def __init__(self, bundle: Bundle, variant: Variant, session: Session) -> None:
+        self.manifest: Manifest = bundle.manifest
+        self.variant = variant
+        self.session = session
+        self.encode = preprocess.encoder(bundle.manifest.input, bundle.read)
+        """One raw example -> its tensor without batch axis; raises BadInput."""
+
+    def logits(self, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Graph outputs for preprocessed examples: `logits` or `TASK.logits`, float32 (N, columns of the task)."""
+        if not rows:
+            tasks = self.manifest.tasks
+            return {
+                f"{outputs.prefix(tasks, task)}logits": np.zeros((0, outputs.width(task)), np.float32) for task in tasks
+            }
+        return predict_logits(self.session, self.manifest.input, rows, batch_invariant=self.variant.batch_invariant)
+
+    def predict(self, raws: Sequence[bytes]) -> dict[str, np.ndarray]:
+        """The answers for raw examples, as bundle.outputs.answer_specs names them.
+
+        Raises:
+            BadInput: an example cannot be used; the message begins with its position.
+        """
+        return outputs.answers(self.manifest.tasks, self.logits([self.encode(raw) for raw in raws]))
+
+
+def load_model(path: Path, *, device: Device = "auto", threads: int | None = None) -> Model:
+    """Open, verify and start a bundle, and hold it to its golden examples on this device.
+
+    Raises:
+        BundleError: it is damaged, unsupported, has no variant for the device, or fails its self-test.
+        DeviceUnavailable: CUDA was asked for and cannot be used.
+    """
+    bundle = open_bundle(path)
+    variant = _choose_variant(bundle, device)
+    session = Session(bundle.read(variant.file), device=variant.device, threads=threads)
+    model = Model(bundle, variant, session)
+    if variant.device == "cpu" and variant.isa != isa_class():
+        log.warning("another instruction set than the gate's", gated=variant.isa, here=isa_class(), bundle=str(path))
+    self_test(bundle, model)
+    return model
+
+
+def _choose_variant(bundle: Bundle, device: Device) -> Variant:
+    wanted = ("cuda", "cpu") if device == "auto" else (device,)
+    for name in wanted:
+        for variant in bundle.manifest.variants:
+            if variant.device == name:
+                return variant
+    built = ", ".join(f"{variant.name} for {variant.device}" for variant in bundle.manifest.variants)
+    raise BundleUnsupported(f"{bundle.path} has no variant for device {device}, only {built}.")
+
+
+def self_test(bundle: Bundle, model: Model) -> None:
+    """Preprocess and run every golden example and compare.
+
+    Raises:
+        SelfTestFailed: a tensor or a logit differs by more than the manifest allows.
+    """
+    for golden in bundle.manifest.goldens:
+        tensors = preprocess.collate([model.encode(bundle.read(golden.file))], bundle.manifest.input)
+        for name, file in golden.tensors.items():
+            expected = np.load(BytesIO(bundle.read(file)), allow_pickle=False)
+            _check_tensor(bundle, golden, name, tensors[name][0], expected)
+        got = model.session.run(tensors)
+        for name, row in golden.logits[model.variant.name].items():
+            difference = float(np.abs(got[name][0] - np.array(row, np.float32)).max())
+            if not difference <= model.variant.tolerance:  # a NaN fails too
+                raise SelfTestFailed(
+                    f"{bundle.path}: {name} of golden example {golden.file} differs by {difference:.3g} from what was "
+                    f"gated; the tolerance of variant {model.variant.name} is {model.variant.tolerance:.3g} (gated on "
+                    f"{model.variant.isa}, here {isa_class()}). The bundle was not started; export it on this machine."
+                )
+
+
+def _check_tensor(bundle: Bundle, golden: Golden, name: str, got: np.ndarray, expected: np.ndarray) -> None:
+    same = got.shape == expected.shape and got.dtype == expected.dtype
+    if same and (golden.exact or not isinstance(bundle.manifest.input, ImageInput)):
+        same = np.array_equal(got, expected)
+    elif same:
+        difference = np.abs(got.astype(np.int16) - expected.astype(np.int16))
+        same = difference.mean() <= JPEG_MEAN and difference.max() <= JPEG_MAX
+    if not same:
+        raise SelfTestFailed(
+            f"{bundle.path}: golden example {golden.file} is preprocessed to another {name} than the model was gated "
+            "on. A decoder, resizer or tokenizer of another version is installed here. The bundle was not started."
+        )

@@ -1,0 +1,138 @@
+"""The only place where an ONNX Runtime session is made; the gate, the server, the scorer and the benchmarks run it."""
+
+import os
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import structlog
+
+from bundle.errors import DeviceUnavailable, MissingExtra, ModelError
+from bundle.host import cpu_count
+from bundle.tensor import TensorSpec
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import: the Linux wheel phones home from 1.29 on
+try:
+    import onnxruntime
+except ImportError as error:
+    raise MissingExtra(
+        "onnxruntime is not installed. Install one of: pip install 'edgeward[cpu]', pip install 'edgeward[cuda]'."
+    ) from error
+
+log = structlog.get_logger()
+
+Device = Literal["auto", "cpu", "cuda"]
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_DATATYPES = {
+    "tensor(bool)": "BOOL",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(float16)": "FP16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+}
+
+
+class Session:
+    """One ONNX graph on one device. `run` may be called from several threads at once.
+
+    Attributes:
+        device: "cpu" or "cuda", the one it really runs on.
+        inputs: what the graph takes, in its order.
+        outputs: what the graph gives, in its order.
+    """
+
+    def __init__(
+        self, graph: bytes, *, device: Device = "auto", threads: int | None = None, optimize: bool = True
+    ) -> None:
+        """Load and optimise a graph.
+
+        Args:
+            graph: a serialised ONNX model.
+            device: "auto" takes CUDA where it works, else the CPU, and logs which.
+            threads: of one run on the CPU; by default all the cores that this process may use.
+            optimize: False leaves the graph as it was exported, to tell the exporter's faults from the runtime's.
+
+        Raises:
+            DeviceUnavailable: CUDA was asked for and cannot be used.
+            ModelError: the runtime cannot load the graph.
+        """
+        self.threads = threads or cpu_count()
+        self._session = _start(graph, device, self.threads, optimize)
+        self.device: Literal["cpu", "cuda"] = (
+            "cuda" if self._session.get_providers()[0] == _PROVIDERS["cuda"] else "cpu"
+        )
+        self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
+        self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
+        self._output_names = [spec.name for spec in self.outputs]
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name.
+
+        Raises:
+            ModelError: the runtime refuses the inputs, or fails.
+        """
+        try:
+            values = self._session.run(self._output_names, feeds)
+        except Exception as error:  # onnxruntime's own classes derive from Exception, RuntimeError or ValueError
+            raise ModelError(f"ONNX Runtime failed: {error}") from error
+        return dict(zip(self._output_names, values, strict=True))
+
+
+def _start(graph: bytes, device: Device, threads: int, optimize: bool) -> onnxruntime.InferenceSession:
+    if device == "cpu":
+        return _load(graph, "cpu", threads, optimize)
+    try:
+        return _load(graph, "cuda", threads, optimize)
+    except DeviceUnavailable as error:
+        if device == "cuda":
+            raise
+        log.info("device chosen", device="cpu", because=str(error))
+        return _load(graph, "cpu", threads, optimize)
+
+
+def _load(graph: bytes, device: str, threads: int, optimize: bool) -> onnxruntime.InferenceSession:
+    available = onnxruntime.get_available_providers()
+    if _PROVIDERS[device] not in available:
+        raise DeviceUnavailable(
+            f"this onnxruntime has no {_PROVIDERS[device]}, only {', '.join(available)}. "
+            "For CUDA: pip uninstall onnxruntime; pip install 'edgeward[cuda]'."
+        )
+    if device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # the CUDA libraries of pip's nvidia packages
+    try:
+        session = onnxruntime.InferenceSession(
+            graph, sess_options=_options(threads, optimize), providers=[_PROVIDERS[device]]
+        )
+    except Exception as error:
+        raise ModelError(f"ONNX Runtime cannot load the graph: {error}") from error
+    if session.get_providers()[0] != _PROVIDERS[device]:  # the runtime falls back to the CPU without an error
+        raise DeviceUnavailable("CUDA cannot be used here: no GPU, no driver, or no CUDA libraries.")
+    return session
+
+
+def _options(threads: int, optimize: bool) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors; they also arrive as exceptions
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # an idle session costs no core
+    options.add_session_config_entry("session.x64quantprecision", "1")  # int8 without VNNI: exact, not saturating
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+def _spec(node: onnxruntime.NodeArg) -> TensorSpec:
+    if node.type not in _DATATYPES:
+        raise ModelError(f"tensor {node.name!r} has type {node.type}, which is not supported.")
+    shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
+    return TensorSpec(node.name, _DATATYPES[node.type], shape)
