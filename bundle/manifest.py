@@ -10,6 +10,7 @@ import msgspec
 
 FORMAT = "edgeward-bundle"
 FORMAT_VERSION = 1
+MAX_SIDE = 8192  # of a resized image's shorter side
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
@@ -31,6 +32,8 @@ class TextInput(Record, frozen=True, kw_only=True, tag="text", tag_field="type")
         """Refuse lengths that could not hold a text of max_length tokens."""
         if not self.buckets or list(self.buckets) != sorted(set(self.buckets)) or self.buckets[-1] != self.max_length:
             raise ValueError(f"buckets {self.buckets} must ascend to max_length {self.max_length}")
+        if self.buckets[0] < 1 or not 0 <= self.pad_id < 2**31 or self.max_bytes < 1:
+            raise ValueError("buckets and max_bytes must be positive, and pad_id a token")
 
 
 class ImageInput(Record, frozen=True, kw_only=True, tag="image", tag_field="type"):
@@ -51,9 +54,14 @@ class ImageInput(Record, frozen=True, kw_only=True, tag="image", tag_field="type
     max_pixels: int = 50_000_000  # of one decoded image
 
     def __post_init__(self) -> None:
-        """Refuse a crop that is larger than what it is cut from."""
-        if not 0 < max(self.height, self.width) <= self.resize:
-            raise ValueError(f"crop {self.height} × {self.width} must be positive and fit into resize {self.resize}")
+        """Refuse a crop that is larger than what it is cut from, and limits that let nothing through."""
+        if min(self.height, self.width) < 1 or max(self.height, self.width) > self.resize or self.resize > MAX_SIDE:
+            raise ValueError(
+                f"crop {self.height} × {self.width} must be positive and fit into resize {self.resize}, and that into "
+                f"{MAX_SIDE}"
+            )
+        if min(self.std) <= 0 or self.max_bytes < 1 or self.max_pixels < 1:
+            raise ValueError("std, max_bytes and max_pixels must be positive")
 
 
 Input = TextInput | ImageInput
@@ -98,6 +106,7 @@ class GateRecord(Record, frozen=True, kw_only=True):
     budget: float  # largest drop that passes
     confidence: float
     disagreement: float  # fraction of examples whose predicted label differs
+    examples_needed: int | None  # that would decide, if the rates stay as seen; none when decided, or at the budget
 
 
 class Latency(Record, frozen=True, kw_only=True):

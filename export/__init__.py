@@ -1,1 +1,3 @@
 """Checkpoint -> bundle."""
+
+import bundle.session  # noqa: F401 - switches telemetry off before anything imports onnxruntime

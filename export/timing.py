@@ -1,0 +1,64 @@
+"""Which of two graphs is faster here: runs in turns, so that a drifting machine drifts for both."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bundle.session import Session
+
+Feeds = Mapping[str, np.ndarray]
+BLOCKS = 60  # of four runs
+BUDGET_S = 8.0  # after which no further block is begun, once there are enough for an interval
+FEWEST_BLOCKS = 16
+WARMUPS = 5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A candidate against a reference, one example a run."""
+
+    p50_ms: float
+    reference_p50_ms: float
+    ratio: float  # median over the blocks of candidate / reference
+    ratio_upper: float  # upper end of its 95% bootstrap interval
+
+
+Timer = Callable[[Session, Session, Sequence[Feeds]], Timing]
+
+
+def interleaved(candidate: Session, reference: Session, feeds: Sequence[Feeds]) -> Timing:
+    """Time both sessions on the same inputs, each block in the order A B B A.
+
+    Args:
+        candidate: A.
+        reference: B.
+        feeds: inputs of one example each; block i takes feeds[i % len(feeds)].
+    """
+    for session in (candidate, reference):
+        for i in range(WARMUPS):
+            session.run(feeds[i % len(feeds)])
+    a, b = [], []
+    end = time.perf_counter() + BUDGET_S
+    for i in range(BLOCKS):
+        if i >= FEWEST_BLOCKS and time.perf_counter() > end:
+            break
+        one = feeds[i % len(feeds)]
+        first, second, third, fourth = (_seconds(s, one) for s in (candidate, reference, reference, candidate))
+        a.append((first + fourth) / 2)
+        b.append((second + third) / 2)
+    ratios = np.array(a) / np.array(b)
+    resampled = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
+    return Timing(
+        p50_ms=float(np.median(a)) * 1e3,
+        reference_p50_ms=float(np.median(b)) * 1e3,
+        ratio=float(np.median(ratios)),
+        ratio_upper=float(np.quantile(np.median(resampled, axis=1), 0.975)),
+    )
+
+
+def _seconds(session: Session, feeds: Feeds) -> float:
+    start = time.perf_counter()
+    session.run(feeds)
+    return time.perf_counter() - start

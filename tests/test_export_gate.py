@@ -1,0 +1,113 @@
+"""The gate passes what is proved, fails what is refuted, and says how much is missing otherwise."""
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize_scalar
+
+from bundle.errors import GateFailed
+from export import gate
+
+
+def labels(lost, won, both=0, n=1000):
+    """True, reference and candidate labels with the given numbers of changes; `both` disagree and are both wrong."""
+    truth = np.zeros(n, np.int64)
+    reference, candidate = truth.copy(), truth.copy()
+    candidate[:lost] = 1
+    reference[lost : lost + won] = 1
+    reference[lost + won : lost + won + both] = 1
+    candidate[lost + won : lost + won + both] = 2
+    return truth, reference, candidate
+
+
+def score_by_likelihood(lost, won, n, drop):
+    """Tango's score, its nuisance rate found by maximising the trinomial likelihood instead of in closed form."""
+
+    def loss(won_rate):
+        rates = (won_rate + drop, won_rate, 1 - 2 * won_rate - drop)
+        counts = (lost, won, n - lost - won)
+        return -sum(k * np.log(r) for k, r in zip(counts, rates, strict=True) if k)
+
+    low = max(0.0, -drop) + 1e-12
+    rate = minimize_scalar(loss, bounds=(low, (1 - drop) / 2 - 1e-12), method="bounded", options={"xatol": 1e-13}).x
+    return (lost - won - n * drop) / np.sqrt(n * (2 * rate + drop * (1 - drop)))
+
+
+@pytest.mark.parametrize(("lost", "won", "n"), [(20, 10, 1000), (3, 0, 400), (0, 4, 300), (50, 60, 2000), (7, 7, 100)])
+def test_bounds_are_where_the_score_reaches_the_quantile(lost, won, n):
+    """At both bounds the score statistic of an independently fitted null is ±1.645."""
+    lower, upper = gate.drop_bounds(lost, won, n, 0.95)
+
+    assert score_by_likelihood(lost, won, n, upper) == pytest.approx(-1.6449, abs=2e-3)
+    assert score_by_likelihood(lost, won, n, lower) == pytest.approx(1.6449, abs=2e-3)
+
+
+@pytest.mark.parametrize("n", [50, 268, 10_000])
+def test_bound_without_any_change_has_its_closed_form(n):
+    """With no answer changed the upper bound is z² / (n + z²)."""
+    z2 = 1.6448536**2
+    assert gate.best_certifiable(n) == pytest.approx(z2 / (n + z2), rel=1e-5)
+
+
+def test_bounds_mirror_when_the_models_change_places():
+    """The drop of A against B is the gain of B against A."""
+    lower, upper = gate.drop_bounds(12, 5, 500, 0.95)
+    assert gate.drop_bounds(5, 12, 500, 0.95) == pytest.approx((-upper, -lower), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "n", "verdict"),
+    [(0, 0, 1000, "PASS"), (10, 9, 4000, "PASS"), (60, 10, 1000, "FAIL"), (12, 8, 500, "INCONCLUSIVE")],
+)
+def test_verdict_follows_the_bounds(lost, won, n, verdict):
+    """Within the budget by its upper bound, beyond it by its lower bound, or undecided."""
+    record = gate.judge(*labels(lost, won, n=n), budget=0.01)
+
+    assert record.verdict == verdict
+    assert record.drop == pytest.approx((lost - won) / n)
+    assert record.reference - record.served == pytest.approx(record.drop)
+
+
+def test_disagreement_counts_changes_that_stay_wrong():
+    """Two different wrong answers are no drop, but a disagreement."""
+    record = gate.judge(*labels(1, 1, both=3, n=100), budget=0.01)
+    assert (record.drop, record.disagreement) == (0, 0.05)
+
+
+def test_examples_needed_would_decide():
+    """With that many examples at the same rates the verdict is reached, and with a tenth fewer it is not."""
+    record = gate.judge(*labels(4, 2, n=500), budget=0.01)
+    assert record.verdict == "INCONCLUSIVE"
+    needed = record.examples_needed
+
+    assert needed is not None
+    assert gate.drop_bounds(4 * needed / 500, 2 * needed / 500, needed, 0.95)[1] <= 0.01
+    assert gate.drop_bounds(3.6 * needed / 500, 1.8 * needed / 500, 0.9 * needed, 0.95)[1] > 0.01
+
+
+def test_no_number_of_examples_decides_at_the_budget():
+    """A drop that equals the budget can neither be ruled out nor shown."""
+    record = gate.judge(*labels(10, 5, n=500), budget=0.01)
+    assert (record.verdict, record.examples_needed) == ("INCONCLUSIVE", None)
+
+
+def test_fewest_examples_can_just_pass():
+    """One example fewer could not pass even without a change."""
+    n = gate.fewest_examples(0.01)
+    assert gate.best_certifiable(n) <= 0.01 < gate.best_certifiable(n - 1)
+
+
+@pytest.mark.parametrize(("n", "discordant"), [(300, 0.02), (1000, 0.02), (1000, 0.05), (4000, 0.02)])
+def test_a_model_at_the_budget_passes_in_one_of_twenty(n, discordant):
+    """Simulated at a true drop equal to the budget, false passes are at most 5%, up to the error of the simulation."""
+    budget = 0.01
+    rates = ((discordant + budget) / 2, (discordant - budget) / 2, 1 - discordant)
+    drawn = np.random.default_rng(1).multinomial(n, rates, 4000)
+    pairs, counts = np.unique(drawn[:, :2], axis=0, return_counts=True)
+    passes = [gate.drop_bounds(lost, won, n, 0.95)[1] <= budget for lost, won in pairs]
+
+    assert np.sum(counts * passes) / 4000 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 4000)
+
+
+def test_gate_failure_has_its_own_exit_code():
+    """The command exits with 3 when the gate fails."""
+    assert GateFailed.exit_code == 3
