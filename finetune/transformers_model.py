@@ -1,0 +1,137 @@
+"""`transformers:ID_OR_DIR`: text encoders of the transformers library."""
+
+import importlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from bundle.errors import MissingExtra, ModelError
+from bundle.manifest import TextInput
+from bundle.text import TOKENIZER
+from finetune.model import Pooling, TransformersModel
+from finetune.pretrained import Pretrained
+
+CONFIG = "config.json"
+_BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+def open_model(name: str, *, column: str, max_length: int, pooling: Pooling) -> Pretrained:
+    """A pretrained encoder with its tokenizer.
+
+    Args:
+        name: a folder, or an id on the hub.
+        column: what the texts are called.
+        max_length: tokens of a text, special ones included.
+        pooling: how token vectors become one vector.
+
+    Raises:
+        ModelError: there is no such model here, or it is not an encoder with a fast tokenizer.
+    """
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ModelError(f"there is no folder {name}.")
+    source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    transformers = _import()
+    tokenizer, pad_id = _open_tokenizer(transformers, source)
+    backbone = _open_backbone(transformers, source)
+    spec = TransformersModel(name=name, pooling=pooling, dropout=_dropout(backbone.config))
+    buckets = (*(size for size in _BUCKETS if size < max_length), max_length)
+    text = TextInput(column=column, max_length=max_length, pad_id=pad_id, buckets=buckets)
+    width = _check(backbone, text, name)
+    config = backbone.config.to_json_string(use_diff=False).encode()
+    return Pretrained(spec, text, backbone, width, {TOKENIZER: tokenizer.encode(), CONFIG: config})
+
+
+def rebuild(read: Callable[[str], bytes]) -> tuple[nn.Module, int]:
+    """The same architecture with fresh weights, and its number of features, from the stored config.json.
+
+    Raises:
+        ModelError: this transformers cannot make it.
+    """
+    transformers = _import()
+    try:
+        config = transformers.AutoConfig.for_model(**json.loads(read(CONFIG)))
+        backbone = transformers.AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        raise ModelError(f"transformers {transformers.__version__} cannot make the model: {error}") from error
+    return _without_pooler(backbone), config.hidden_size
+
+
+def _import() -> ModuleType:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise MissingExtra("transformers is not installed: pip install 'edgeward[finetune]'.") from error
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _open_tokenizer(transformers: ModuleType, source: str) -> tuple[str, int]:
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # OSError, ValueError, ImportError, and the hub's own
+        raise _cannot_load("the tokenizer of", source, error) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{source} has no fast tokenizer (tokenizer.json), and no other can be served.")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up where the files are missing
+        raise ModelError(f"{source} has no tokenizer: there is no tokenizer.json or vocabulary in it.")
+    return tokenizer.backend_tokenizer.to_str(), tokenizer.pad_token_id or 0  # the mask makes any id as good
+
+
+def _open_backbone(transformers: ModuleType, source: str) -> Any:
+    try:
+        backbone, info = transformers.AutoModel.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        )
+    except Exception as error:  # as above
+        raise _cannot_load("the weights of", source, error) from error
+    backbone = _without_pooler(backbone)
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    if missing or info["mismatched_keys"]:
+        raise ModelError(
+            f"the weights of {source} lack {len(missing)} of the model's tensors and have "
+            f"{len(info['mismatched_keys'])} of another shape: {', '.join(missing[:3])}."
+        )
+    return backbone
+
+
+def _cannot_load(what: str, source: str, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split())[:300]
+    return ModelError(f"{what} {source} cannot be loaded: {reason} Without a network, give a folder.")
+
+
+def _without_pooler(backbone: Any) -> Any:
+    if getattr(backbone, "pooler", None) is not None:  # a layer on the first token that no output here comes from
+        backbone.pooler = None
+    return backbone
+
+
+def _dropout(config: Any) -> float:
+    for key in ("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob", "hidden_dropout"):
+        value = getattr(config, key, None)
+        if isinstance(value, int | float):
+            return float(value)
+    return 0.1
+
+
+def _check(backbone: Any, spec: TextInput, name: str) -> int:
+    backbone.eval()
+    ids = torch.full((2, spec.max_length), spec.pad_id, dtype=torch.int64)
+    try:
+        with torch.inference_mode():
+            hidden = backbone(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    except Exception as error:  # an IndexError beyond the last position, an AttributeError of another kind of model
+        raise ModelError(
+            f"{name} cannot encode {spec.max_length} tokens: {error}. Choose an encoder, or a shorter max_length."
+        ) from error
+    if hidden.ndim != 3 or hidden.shape[-1] != backbone.config.hidden_size:
+        raise ModelError(f"{name} gives vectors {tuple(hidden.shape)}, not (2, {spec.max_length}, hidden size).")
+    return int(hidden.shape[-1])
