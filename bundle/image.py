@@ -3,7 +3,7 @@
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bundle.errors import BadInput
 from bundle.manifest import ImageInput
@@ -13,6 +13,7 @@ _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk; Pillow decodes without it
 
 
 def preprocess(raw: bytes, spec: ImageInput) -> np.ndarray:
@@ -47,11 +48,15 @@ def _decode(raw: bytes, spec: ImageInput) -> Image.Image:
         if pixels > spec.max_pixels:  # before anything is decoded
             raise BadInput(f"image has {image.width} × {image.height} pixels; the limit is {spec.max_pixels}.")
         image.load()
+        if image.format == "PNG" and raw.rfind(_PNG_END) < 0:
+            raise BadInput(f"PNG is cut off: its {len(raw)} bytes have no IEND chunk.")
         return _to_rgb(ImageOps.exif_transpose(image))
     except BadInput:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadInput(f"image has too many pixels; the limit is {spec.max_pixels}.") from error
+    except UnidentifiedImageError as error:  # its text is the address of our buffer
+        raise BadInput(f"not a PNG or JPEG ({len(raw)} bytes).") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, … on broken files
         raise BadInput(f"not a readable PNG or JPEG ({len(raw)} bytes): {error}.") from error
 

@@ -8,7 +8,7 @@ import numpy as np
 import structlog
 
 from bundle import outputs, preprocess, text
-from bundle.errors import BundleUnsupported, SelfTestFailed
+from bundle.errors import BadInput, BundleDamaged, BundleUnsupported, DeviceUnavailable, SelfTestFailed
 from bundle.host import isa_class
 from bundle.manifest import Golden, ImageInput, Input, Manifest, TextInput, Variant
 from bundle.session import Device, Session
@@ -37,7 +37,7 @@ def predict_logits(
     size = MAX_ROWS if batch_invariant else 1
     parts = []
     for start in range(0, len(rows), size):
-        batch = rows[start : start + size]
+        batch = list(rows[start : start + size])  # rows may be preprocessed as they are asked for
         length = None
         if batch_invariant and isinstance(spec, TextInput):
             length = text.bucket(max(map(len, batch)), spec)
@@ -64,10 +64,8 @@ class Model:
     def logits(self, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """Graph outputs for preprocessed examples: `logits` or `TASK.logits`, float32 (N, columns of the task)."""
         if not rows:
-            tasks = self.manifest.tasks
-            return {
-                f"{outputs.prefix(tasks, task)}logits": np.zeros((0, outputs.width(task)), np.float32) for task in tasks
-            }
+            widths = outputs.logits_widths(self.manifest.tasks)
+            return {name: np.zeros((0, width), np.float32) for name, width in widths.items()}
         return predict_logits(self.session, self.manifest.input, rows, batch_invariant=self.variant.batch_invariant)
 
     def predict(self, raws: Sequence[bytes]) -> dict[str, np.ndarray]:
@@ -76,7 +74,13 @@ class Model:
         Raises:
             BadInput: an example cannot be used; the message begins with its position.
         """
-        return outputs.answers(self.manifest.tasks, self.logits([self.encode(raw) for raw in raws]))
+        rows = []
+        for i, raw in enumerate(raws):
+            try:
+                rows.append(self.encode(raw))
+            except BadInput as error:
+                raise BadInput(f"example {i}: {error}") from error
+        return outputs.answers(self.manifest.tasks, self.logits(rows))
 
 
 def load_model(path: Path, *, device: Device = "auto", threads: int | None = None) -> Model:
@@ -85,10 +89,11 @@ def load_model(path: Path, *, device: Device = "auto", threads: int | None = Non
     Raises:
         BundleError: it is damaged, unsupported, has no variant for the device, or fails its self-test.
         DeviceUnavailable: CUDA was asked for and cannot be used.
+        ModelError: the runtime cannot load or run the graph.
     """
     bundle = open_bundle(path)
-    variant = _choose_variant(bundle, device)
-    session = Session(bundle.read(variant.file), device=variant.device, threads=threads)
+    variant, session = _start(bundle, device, threads)
+    _check_graph(bundle, variant, session)
     model = Model(bundle, variant, session)
     if variant.device == "cpu" and variant.isa != isa_class():
         log.warning("another instruction set than the gate's", gated=variant.isa, here=isa_class(), bundle=str(path))
@@ -96,14 +101,37 @@ def load_model(path: Path, *, device: Device = "auto", threads: int | None = Non
     return model
 
 
-def _choose_variant(bundle: Bundle, device: Device) -> Variant:
-    wanted = ("cuda", "cpu") if device == "auto" else (device,)
-    for name in wanted:
-        for variant in bundle.manifest.variants:
-            if variant.device == name:
-                return variant
+def _start(bundle: Bundle, device: Device, threads: int | None) -> tuple[Variant, Session]:
+    cuda, cpu = _choose_variant(bundle, "cuda"), _choose_variant(bundle, "cpu")
+    if cuda and device != "cpu":
+        try:
+            return cuda, Session(bundle.read(cuda.file), device="cuda", threads=threads)
+        except DeviceUnavailable as error:
+            if device == "cuda" or not cpu:
+                raise
+            log.info("device chosen", device="cpu", because=str(error))
+    if cpu and device != "cuda":
+        return cpu, Session(bundle.read(cpu.file), device="cpu", threads=threads)
     built = ", ".join(f"{variant.name} for {variant.device}" for variant in bundle.manifest.variants)
     raise BundleUnsupported(f"{bundle.path} has no variant for device {device}, only {built}.")
+
+
+def _choose_variant(bundle: Bundle, device: str) -> Variant | None:
+    """The first that was gated on this instruction set, else the first: the manifest lists the fastest first."""
+    fitting = [variant for variant in bundle.manifest.variants if variant.device == device]
+    return next((variant for variant in fitting if variant.isa == isa_class()), fitting[0] if fitting else None)
+
+
+def _check_graph(bundle: Bundle, variant: Variant, session: Session) -> None:
+    takes = {spec.name: spec.datatype for spec in preprocess.graph_inputs(bundle.manifest.input)}
+    gives = dict.fromkeys(outputs.logits_widths(bundle.manifest.tasks), "FP32")
+    taken = {spec.name: spec.datatype for spec in session.inputs}
+    given = {spec.name: spec.datatype for spec in session.outputs}
+    if taken != takes or given != gives:
+        raise BundleDamaged(
+            f"{bundle.path / variant.file} takes {taken} and gives {given}; by its manifest it takes {takes} and "
+            f"gives {gives}."
+        )
 
 
 def self_test(bundle: Bundle, model: Model) -> None:
@@ -113,19 +141,34 @@ def self_test(bundle: Bundle, model: Model) -> None:
         SelfTestFailed: a tensor or a logit differs by more than the manifest allows.
     """
     for golden in bundle.manifest.goldens:
-        tensors = preprocess.collate([model.encode(bundle.read(golden.file))], bundle.manifest.input)
-        for name, file in golden.tensors.items():
-            expected = np.load(BytesIO(bundle.read(file)), allow_pickle=False)
-            _check_tensor(bundle, golden, name, tensors[name][0], expected)
+        try:
+            tensors = preprocess.collate([model.encode(bundle.read(golden.file))], bundle.manifest.input)
+        except BadInput as error:
+            raise SelfTestFailed(f"{bundle.path}: golden example {golden.file} cannot be read here: {error}") from error
+        for name, tensor in tensors.items():
+            _check_tensor(bundle, golden, name, tensor[0], _load_tensor(bundle, golden, name))
         got = model.session.run(tensors)
         for name, row in golden.logits[model.variant.name].items():
-            difference = float(np.abs(got[name][0] - np.array(row, np.float32)).max())
+            expected = np.array([row], np.float32)
+            same_shape = got[name].shape == expected.shape
+            difference = float(np.abs(got[name] - expected).max()) if same_shape else float("inf")
             if not difference <= model.variant.tolerance:  # a NaN fails too
                 raise SelfTestFailed(
                     f"{bundle.path}: {name} of golden example {golden.file} differs by {difference:.3g} from what was "
                     f"gated; the tolerance of variant {model.variant.name} is {model.variant.tolerance:.3g} (gated on "
                     f"{model.variant.isa}, here {isa_class()}). The bundle was not started; export it on this machine."
                 )
+
+
+def _load_tensor(bundle: Bundle, golden: Golden, name: str) -> np.ndarray:
+    if name not in golden.tensors:
+        raise BundleDamaged(f"{bundle.path}: golden example {golden.file} has no tensor for graph input {name}.")
+    file = golden.tensors[name]
+    try:
+        tensor: np.ndarray = np.lib.format.read_array(BytesIO(bundle.read(file)), allow_pickle=False)
+    except (ValueError, MemoryError) as error:
+        raise BundleDamaged(f"{bundle.path / file} is not a .npy file: {error}.") from error
+    return tensor
 
 
 def _check_tensor(bundle: Bundle, golden: Golden, name: str, got: np.ndarray, expected: np.ndarray) -> None:

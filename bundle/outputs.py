@@ -18,6 +18,11 @@ def prefix(tasks: tuple[Task, ...], task: Task) -> str:
     return "" if len(tasks) == 1 else f"{task.name}."
 
 
+def logits_widths(tasks: tuple[Task, ...]) -> dict[str, int]:
+    """Names of the graph's outputs, with the columns of each."""
+    return {f"{prefix(tasks, task)}logits": width(task) for task in tasks}
+
+
 def answer_specs(tasks: tuple[Task, ...]) -> tuple[TensorSpec, ...]:
     """Names, datatypes and shapes of the answers of all tasks, in their order."""
     specs = []

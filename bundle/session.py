@@ -11,7 +11,7 @@ from bundle.errors import DeviceUnavailable, MissingExtra, ModelError
 from bundle.host import cpu_count
 from bundle.tensor import TensorSpec
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import: the Linux wheel phones home from 1.29 on
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import, which already writes below HOME; "" and "0" leave it on
 try:
     import onnxruntime
 except ImportError as error:
@@ -65,7 +65,7 @@ class Session:
             DeviceUnavailable: CUDA was asked for and cannot be used.
             ModelError: the runtime cannot load the graph.
         """
-        self.threads = threads or cpu_count()
+        self.threads = cpu_count() if threads is None else max(1, threads)
         self._session = _start(graph, device, self.threads, optimize)
         self.device: Literal["cpu", "cuda"] = (
             "cuda" if self._session.get_providers()[0] == _PROVIDERS["cuda"] else "cpu"
@@ -110,9 +110,13 @@ def _load(graph: bytes, device: str, threads: int, optimize: bool) -> onnxruntim
         onnxruntime.preload_dlls()  # the CUDA libraries of pip's nvidia packages
     try:
         session = onnxruntime.InferenceSession(
-            graph, sess_options=_options(threads, optimize), providers=[_PROVIDERS[device]]
+            graph, sess_options=_options(threads, optimize), providers=[_PROVIDERS[device]], enable_fallback=0
         )
     except Exception as error:
+        if device == "cuda" and isinstance(
+            error, RuntimeError
+        ):  # the provider's own; a bad graph's derive from Exception
+            raise DeviceUnavailable(f"CUDA cannot be used here: {error}") from error
         raise ModelError(f"ONNX Runtime cannot load the graph: {error}") from error
     if session.get_providers()[0] != _PROVIDERS[device]:  # the runtime falls back to the CPU without an error
         raise DeviceUnavailable("CUDA cannot be used here: no GPU, no driver, or no CUDA libraries.")
@@ -123,7 +127,9 @@ def _options(threads: int, optimize: bool) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors; they also arrive as exceptions
+    options.log_severity_level = 4  # errors arrive as exceptions; one bad request must not write to the log as well
+    # Weights outside the graph are refused: they would be read from the working directory, and nobody verified them.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # an idle session costs no core
     options.add_session_config_entry("session.x64quantprecision", "1")  # int8 without VNNI: exact, not saturating
     if not optimize:

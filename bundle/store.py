@@ -1,25 +1,31 @@
 """Directories that are whole or not there: written beside, flushed, renamed; opened only when every hash agrees."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 import msgspec
 
+from bundle import outputs
 from bundle.errors import BundleDamaged, BundleError, BundleUnsupported, OutputExists
-from bundle.manifest import FORMAT, FORMAT_VERSION, FileEntry, Manifest, to_json
+from bundle.manifest import FORMAT, FORMAT_VERSION, FileEntry, Manifest, Regression, Task, to_json
 
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_FILES = 10_000
 MAX_FILE_BYTES = 8 << 30
+MAX_VERSION = 2**31 - 1
+MAX_NAME = 255  # characters of a path in the bundle
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 FILE_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
@@ -31,7 +37,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     Raises:
         OutputExists: `out` is there already; it is left as it is.
     """
-    if out.exists():
+    if os.path.lexists(out):  # a dangling link is something, too
         raise OutputExists(f"{out} exists already and was left as it is. Choose another --out, or remove it first.")
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -42,6 +48,8 @@ def new_directory(out: Path) -> Iterator[Path]:
         try:
             beside.rename(out)
         except OSError as error:
+            if not os.path.lexists(out):
+                raise
             raise OutputExists(f"{out} appeared while it was being written; nothing was replaced.") from error
         _flush_one(out.parent)
     finally:
@@ -69,17 +77,22 @@ def sha256_file(path: Path) -> str:
 
 
 def list_files(directory: Path) -> dict[str, FileEntry]:
-    """Every file below a directory, by its path relative to it."""
+    """Every file below a directory, by its path relative to it, but for a manifest that lies in it."""
     return {
         path.relative_to(directory).as_posix(): FileEntry(sha256=sha256_file(path), bytes=path.stat().st_size)
         for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path not in (directory / MANIFEST, directory / DIGEST)
     }
 
 
 def seal(directory: Path, manifest: Manifest) -> None:
-    """Write the manifest, with every file now in the directory in it, and last its digest."""
+    """Write the manifest, with every file now in the directory in it, and last its digest.
+
+    Raises:
+        BundleError: the result could not be opened: a name that no file may have, a NaN, a golden example left out.
+    """
     data = to_json(msgspec.structs.replace(manifest, files=list_files(directory)))
+    _check_names(directory, _parse(directory, data))
     (directory / MANIFEST).write_bytes(data)
     (directory / DIGEST).write_bytes(_digest_line(data))
 
@@ -97,7 +110,9 @@ class Bundle:
 
     def read(self, name: str) -> bytes:
         """The bytes of a file, verified again, so that what is used is what was sealed."""
-        data = _read(self.path, name)
+        if name not in self.manifest.files:
+            raise BundleDamaged(f"{self.path / MANIFEST} does not list {name}, which it needs.")
+        data = _read(self.path, name, self.manifest.files[name].bytes)
         if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
             raise BundleDamaged(f"{self.path / name} is not the file that the manifest names: its sha256 differs.")
         return data
@@ -117,15 +132,20 @@ def open_bundle(path: Path) -> Bundle:
 
 
 def _read_manifest(path: Path) -> Manifest:
-    if not (path / MANIFEST).is_file():
+    if not os.path.lexists(path / MANIFEST):
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}.")
-    if (path / MANIFEST).stat().st_size > MAX_MANIFEST_BYTES:
+    if (path / MANIFEST).is_file() and (path / MANIFEST).stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleUnsupported(f"{path / MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes.")
-    data = (path / MANIFEST).read_bytes()
-    if _read(path, DIGEST) != _digest_line(data):
+    data = _read(path, MANIFEST, MAX_MANIFEST_BYTES)
+    expected = _digest_line(data)
+    if _read(path, DIGEST, len(expected)) != expected:
         raise BundleDamaged(f"{path / MANIFEST} does not have the sha256 that {DIGEST} gives.")
+    return _parse(path, data)
+
+
+def _parse(path: Path, data: bytes) -> Manifest:
     try:
-        header = msgspec.json.decode(data)
+        header = json.loads(data, object_pairs_hook=_object)
         if header.get("format") != FORMAT:
             raise BundleUnsupported(f"{path / MANIFEST} has format {header.get('format')!r}, not {FORMAT!r}.")
         if header.get("format_version") != FORMAT_VERSION:
@@ -134,37 +154,89 @@ def _read_manifest(path: Path) -> Manifest:
                 f"this edgeward reads version {FORMAT_VERSION} (docs/bundle-format.md)."
             )
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, msgspec.ValidationError, AttributeError) as error:
+        _check(manifest)
+    except (ValueError, AttributeError, RecursionError) as error:  # msgspec's errors are ValueErrors, too
         raise BundleDamaged(f"{path / MANIFEST} is not a manifest: {error}.") from error
-    if not NAME_PATTERN.fullmatch(manifest.name) or manifest.version < 1:
-        raise BundleDamaged(f"{path} is called {manifest.name!r} version {manifest.version}, which no bundle may be.")
     return manifest
 
 
-def _verify_files(path: Path, manifest: Manifest) -> None:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    # Of a key that is there twice, one reader takes the first and another the last.
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return dict(pairs)
+
+
+def _check(manifest: Manifest) -> None:
+    """Refuse what each key allows for itself, but not together with the others."""
+    if not NAME_PATTERN.fullmatch(manifest.name) or not 1 <= manifest.version <= MAX_VERSION:
+        raise ValueError(f"no bundle may be called {manifest.name!r} version {manifest.version}")
+    for task in manifest.tasks:
+        _check_labels(task)
+    for kind, names in {"task": manifest.tasks, "variant": manifest.variants}.items():
+        if not names or "" in {each.name for each in names} or len({each.name for each in names}) < len(names):
+            raise ValueError(f"there must be a {kind}, and each must have its own name")
+    if not manifest.goldens:
+        raise ValueError("there must be a golden example, or no self-test could hold the bundle to anything")
+    if any(variant.tolerance < 0 for variant in manifest.variants):
+        raise ValueError("a tolerance is negative")
+    named = {variant.file for variant in manifest.variants}
+    widths = outputs.logits_widths(manifest.tasks)
+    for golden in manifest.goldens:
+        named |= {golden.file, *golden.tensors.values()}
+        for variant in manifest.variants:
+            rows = golden.logits.get(variant.name, {})
+            if {name: len(row) for name, row in rows.items()} != widths:
+                raise ValueError(f"golden example {golden.file} needs logits {widths} of variant {variant.name}")
+    if named - manifest.files.keys():
+        raise ValueError(f"files does not list {', '.join(sorted(named - manifest.files.keys())[:5])}")
+
+
+def _check_labels(task: Task) -> None:
+    if isinstance(task, Regression):
+        return
+    if not task.labels or len(set(task.labels)) < len(task.labels):
+        raise ValueError(f"task {task.name!r} must have labels, each once")
+
+
+def _check_names(path: Path, manifest: Manifest) -> None:
     if len(manifest.files) > MAX_FILES:
         raise BundleUnsupported(f"{path} lists {len(manifest.files)} files; the limit is {MAX_FILES}.")
+    for name, entry in manifest.files.items():
+        if not FILE_PATTERN.fullmatch(name) or len(name) > MAX_NAME:
+            raise BundleDamaged(f"{path / MANIFEST} lists {name[:200]!r}, which no file of a bundle may be called.")
+        if entry.bytes > MAX_FILE_BYTES:
+            raise BundleUnsupported(f"{path / name} has {entry.bytes} bytes; the limit is {MAX_FILE_BYTES}.")
+
+
+def _verify_files(path: Path, manifest: Manifest) -> None:
+    _check_names(path, manifest)
     present = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_symlink() or not p.is_dir()}
     unlisted = present - manifest.files.keys() - {MANIFEST, DIGEST}
     if unlisted:
         raise BundleDamaged(f"{path} holds files that its manifest does not list: {', '.join(sorted(unlisted)[:5])}.")
     for name, entry in manifest.files.items():
-        if not FILE_PATTERN.fullmatch(name):
-            raise BundleDamaged(f"{path / MANIFEST} lists {name!r}, which no file of a bundle may be called.")
-        file = path / name
-        if file.is_symlink() or not file.is_file():
-            raise BundleDamaged(f"{file} is missing, or not a plain file.")
-        size = file.stat().st_size
-        if size != entry.bytes:
-            raise BundleDamaged(f"{file} has {size} bytes; the manifest says {entry.bytes}.")
-        if size > MAX_FILE_BYTES:
-            raise BundleUnsupported(f"{file} has {size} bytes; the limit is {MAX_FILE_BYTES}.")
-        if sha256_file(file) != entry.sha256:
-            raise BundleDamaged(f"{file} is not the file that the manifest names: its sha256 differs.")
+        with _open(path, name) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry.bytes:
+                raise BundleDamaged(f"{path / name} has {size} bytes; the manifest says {entry.bytes}.")
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+                raise BundleDamaged(f"{path / name} is not the file that the manifest names: its sha256 differs.")
 
 
-def _read(path: Path, name: str) -> bytes:
+@contextmanager
+def _open(path: Path, name: str) -> Iterator[BufferedReader]:
+    file = path / name
     try:
-        return (path / name).read_bytes()
+        # A link could lead out of the bundle, and a pipe would be waited on for ever.
+        if not stat.S_ISREG(os.lstat(file).st_mode):
+            raise BundleDamaged(f"{file} is not a plain file.")
+        with file.open("rb") as opened:
+            yield opened
     except OSError as error:
-        raise BundleDamaged(f"{path / name} cannot be read: {error.strerror}.") from error
+        raise BundleDamaged(f"{file} cannot be read: {error.strerror}.") from error
+
+
+def _read(path: Path, name: str, limit: int) -> bytes:
+    with _open(path, name) as file:
+        return file.read(limit + 1)  # one more, so that a file that is too long differs
