@@ -40,18 +40,18 @@ def _with_parents(root: Path, path: str) -> list[Path]:
 def _quota_v2(group: Path) -> float | None:
     try:
         quota, period = (group / "cpu.max").read_text().split()
-    except (OSError, ValueError):
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
         return None
-    return None if quota == "max" else int(quota) / int(period)
 
 
 def _quota_v1(group: Path) -> float | None:
     try:
         quota = int((group / "cpu.cfs_quota_us").read_text())
         period = int((group / "cpu.cfs_period_us").read_text())
-    except (OSError, ValueError):
+        return None if quota < 0 else quota / period
+    except (OSError, ValueError, ZeroDivisionError):
         return None
-    return None if quota < 0 else quota / period
 
 
 def isa_class(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
