@@ -1,0 +1,201 @@
+"""Tiny models for the tests of serve: graphs made with onnx.helper, bundles sealed as export seals them."""
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+
+from bundle import outputs, preprocess
+from bundle.host import isa_class
+from bundle.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    GateRecord,
+    Golden,
+    ImageInput,
+    Input,
+    Latency,
+    Manifest,
+    Multiclass,
+    Provenance,
+    Task,
+    TextInput,
+    Variant,
+)
+from bundle.session import Session
+from bundle.store import new_directory, seal
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "good", "bad", "film", "the", "is", "a"]
+TEXT = TextInput(column="text", max_length=8, pad_id=0, buckets=(4, 8), max_bytes=1000)
+IMAGE = ImageInput(
+    column="photo", height=8, width=8, resize=8, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+)
+MOOD = Multiclass(name="mood", labels=("good", "bad", "neither — é"))
+COLOUR = Multiclass(name="colour", labels=("red", "blue"))
+
+
+def model_bytes(nodes, inputs, results, constants=()):
+    """A serialised graph; inputs and results are (name, element type, shape)."""
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info(*each) for each in inputs],
+        [helper.make_tensor_value_info(*each) for each in results],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in dict(constants).items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def identity(dtype, shape):
+    """A graph that gives back its input `x` as `y`."""
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    return model_bytes([helper.make_node("Identity", ["x"], ["y"])], [("x", kind, shape)], [("y", kind, shape)])
+
+
+def counter():
+    """A graph that counts to its input `n` one by one, so that a call lasts as long as one likes."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Add", ["sum", "one"], ["more"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("sum", TensorProto.INT64, []),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("more", TensorProto.INT64, []),
+        ],
+    )
+    return model_bytes(
+        [helper.make_node("Loop", ["n", "", "zero"], ["count"], body=body)],
+        [("n", TensorProto.INT64, [])],
+        [("count", TensorProto.INT64, [])],
+        {"one": np.int64(1), "zero": np.int64(0)},
+    )
+
+
+def _heads(tasks, features):
+    names = list(outputs.logits_widths(tasks).items())
+    nodes = [helper.make_node("MatMul", ["mean", f"{name}_w"], [name]) for name, _ in names]
+    random = np.random.default_rng(5)
+    weights = {f"{name}_w": random.integers(-8, 8, (features, width)).astype(np.float32) for name, width in names}
+    return nodes, [(name, TensorProto.FLOAT, ["batch", width]) for name, width in names], weights
+
+
+def text_graph(tasks):
+    heads, results, weights = _heads(tasks, 4)
+    embedding = np.random.default_rng(3).integers(-4, 4, (len(WORDS), 4)).astype(np.float32)  # exact in any order
+    nodes = [
+        helper.make_node("Gather", ["embedding", "input_ids"], ["vectors"]),
+        helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["mask", "last"], ["wide"]),
+        helper.make_node("Mul", ["vectors", "wide"], ["kept"]),
+        helper.make_node("ReduceSum", ["kept", "length"], ["total"], keepdims=0),
+        helper.make_node("ReduceSum", ["wide", "length"], ["count"], keepdims=0),
+        helper.make_node("Div", ["total", "count"], ["mean"]),
+        *heads,
+    ]
+    inputs = [(name, TensorProto.INT64, ["batch", "length"]) for name in ("input_ids", "attention_mask")]
+    constants = {"embedding": embedding, "last": np.array([2]), "length": np.array([1]), **weights}
+    return model_bytes(nodes, inputs, results, constants)
+
+
+def image_graph(tasks):
+    heads, results, weights = _heads(tasks, 3)
+    nodes = [
+        helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["pixels", "area"], ["mean"], keepdims=0),
+        *heads,
+    ]
+    return model_bytes(
+        nodes, [("image", TensorProto.UINT8, ["batch", 8, 8, 3])], results, {"area": np.array([1, 2]), **weights}
+    )
+
+
+def tokenizer_json():
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
+    return tokenizer.to_str().encode()
+
+
+def png(colour, size=(8, 8)):
+    file = BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_text_bundle(out: Path, *, name="mood", tasks=(MOOD,), **changes):
+    files = {"tokenizer.json": tokenizer_json()}
+    return _write(out, name, TEXT, tasks, text_graph(tasks), [b"the film is good", b""], files, **changes)
+
+
+def write_image_bundle(out: Path, *, name="colour", **changes):
+    return _write(out, name, IMAGE, (COLOUR,), image_graph((COLOUR,)), [png("red"), png("blue")], {}, **changes)
+
+
+def _write(
+    out: Path,
+    name: str,
+    spec: Input,
+    tasks: tuple[Task, ...],
+    graph: bytes,
+    examples: list[bytes],
+    files: dict[str, bytes],
+    version=1,
+    precision="fp32",
+    verdict=None,
+) -> Path:
+    files = {**files, "model.onnx": graph}
+    session = Session(graph, device="cpu", threads=1)
+    encode = preprocess.encoder(spec, files.__getitem__)
+    with new_directory(out) as directory:
+        for file, data in files.items():
+            (directory / file).write_bytes(data)
+        goldens = tuple(_golden(directory, i, raw, encode(raw), spec, session) for i, raw in enumerate(examples))
+        seal(directory, _manifest(name, version, spec, tasks, goldens, precision, verdict))
+    return out
+
+
+def _golden(directory, i, raw, row, spec, session):
+    tensors = preprocess.collate([row], spec)
+    (directory / f"golden{i}").write_bytes(raw)
+    for key, value in tensors.items():
+        np.save(directory / f"golden{i}.{key}.npy", value[0])
+    logits = {key: tuple(map(float, value[0])) for key, value in session.run(tensors).items()}
+    return Golden(
+        file=f"golden{i}",
+        tensors={key: f"golden{i}.{key}.npy" for key in tensors},
+        exact=True,
+        logits={"only": logits},
+    )
+
+
+def _manifest(name, version, spec, tasks, goldens, precision, verdict):
+    gate = verdict and GateRecord(
+        verdict=verdict, metric="accuracy", examples=100, reference=0.9, served=0.9, drop=0.0, drop_upper=0.01,
+        budget=0.02, confidence=0.95, disagreement=0.0, examples_needed=None,
+    )  # fmt: skip
+    variant = Variant(
+        name="only", file="model.onnx", precision=precision, device="cpu", isa=isa_class(), batch_invariant=True,
+        tolerance=1e-5, parity=0.0, gate=gate,
+        latency=Latency(p50_ms=1.0, fp32_p50_ms=1.0, ratio=1.0, ratio_upper=1.0, threads=1),
+    )  # fmt: skip
+    provenance = Provenance(
+        created="2026-01-01T00:00:00Z", command=("test",), model="hand", data="hand", data_sha256="0" * 64,
+        checkpoint_sha256="0" * 64, cpu="any", versions={},
+    )  # fmt: skip
+    return Manifest(
+        format=FORMAT, format_version=FORMAT_VERSION, name=name, version=version, input=spec, tasks=tasks,
+        variants=(variant,), goldens=goldens, provenance=provenance, files={},
+    )  # fmt: skip
