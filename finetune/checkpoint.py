@@ -1,10 +1,12 @@
 """The checkpoint on disk. docs/checkpoint-format.md is the normative page."""
 
 import hashlib
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 from safetensors import SafetensorError
@@ -20,13 +22,15 @@ from finetune.model import ModelSpec, Network
 from finetune.pretrained import rebuild
 from finetune.splits import Splits
 
-FORMAT = "edgeward-checkpoint"
+FORMAT: Final = "edgeward-checkpoint"
 FORMAT_VERSION = 1
 SPEC = "checkpoint.json"
 DIGEST = "checkpoint.sha256"
 WEIGHTS = "weights.safetensors"
 SPLITS = "splits.json"
 MAX_SPEC_BYTES = 16 << 20
+
+_PACKAGES = ("edgeward", "numpy", "pillow", "safetensors", "tokenizers", "torch", "torchvision", "transformers")
 
 Scalar = str | int | float | bool | None
 
@@ -170,3 +174,14 @@ def _read(path: Path, spec: CheckpointSpec, name: str) -> bytes:
     if hashlib.sha256(data).hexdigest() != spec.files[name].sha256:
         raise CheckpointError(f"{path / name} is not the file that {SPEC} names: its sha256 differs.")
     return data
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a checkpoint's numbers depend on."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue  # transformers is not needed for images, nor torchvision for texts
+    return versions

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bundle import metrics
 from bundle.manifest import Input, TextInput
 from finetune.loader import batches
 from finetune.model import Network
@@ -57,3 +58,15 @@ def _run(
     result = np.empty((len(rows), parts[0].shape[1]), dtype=np.float32)
     result[order] = np.concatenate(parts)
     return result
+
+
+def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """`accuracy`, `macro_f1` and `loss` (mean cross-entropy, nats) of logits float (N, C) for labels int64 (N,)."""
+    predicted = logits.argmax(axis=1)
+    shifted = (logits - logits.max(axis=1, keepdims=True)).astype(np.float64)
+    loss = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
+    return {
+        "accuracy": metrics.accuracy(labels, predicted),
+        "macro_f1": metrics.macro_f1(labels, predicted),
+        "loss": float(loss.mean()),
+    }

@@ -1,0 +1,111 @@
+"""Linear probe: the backbone stays as it is, its features are computed once, and only the head is fitted.
+
+The head is multinomial logistic regression on standardised features, which has one best solution: no learning rate, no
+epochs, no luck. The strength of its L2 penalty is chosen on the validation split.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from bundle.errors import TrainingDiverged
+from finetune.evaluate import score
+
+log = structlog.get_logger()
+
+L2_GRID = tuple(10 ** (-exponent / 2) for exponent in range(11))  # 1 … 1e-5, decades and halves
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One L2 penalty and what the validation split says to it."""
+
+    l2: float
+    accuracy: float
+    macro_f1: float
+    loss: float  # mean cross-entropy, nats
+
+
+@dataclass(frozen=True)
+class Head:
+    """A fitted linear layer on raw features: logits = features @ weight.T + bias."""
+
+    weight: np.ndarray  # float32 (C, D)
+    bias: np.ndarray  # float32 (C,)
+    l2: float  # the chosen one
+    trials: tuple[Trial, ...]  # strongest penalty first
+
+
+def fit_head(
+    features: np.ndarray,
+    labels: np.ndarray,
+    validation_features: np.ndarray,
+    validation_labels: np.ndarray,
+    classes: int,
+    l2_grid: Sequence[float] = L2_GRID,
+) -> Head:
+    """Fit a head for every L2 penalty and take the one that is most accurate on validation; of equals, least loss.
+
+    What is minimised is mean cross-entropy + l2 / 2 · |W|², with W on standardised features and the bias free. In
+    scikit-learn's terms C = 1 / (l2 · N). The standardisation is folded into the result.
+
+    Args:
+        features: float (N, D).
+        labels: int64 (N,), in [0, classes).
+        validation_features: float (M, D).
+        validation_labels: int64 (M,).
+        classes: C.
+        l2_grid: penalties to try.
+
+    Raises:
+        TrainingDiverged: a feature is not finite.
+    """
+    _check_finite(features, validation_features)
+    mean = features.mean(axis=0, dtype=np.float64)
+    std = features.std(axis=0, dtype=np.float64)
+    std[std < 1e-12] = 1.0  # constant features carry nothing
+    x = torch.from_numpy((features - mean) / std)
+    y = torch.from_numpy(np.asarray(labels, np.int64))
+    held_out = (validation_features - mean) / std
+
+    weight = torch.zeros(classes, features.shape[1], dtype=torch.float64)
+    bias = torch.zeros(classes, dtype=torch.float64)
+    fits: list[tuple[Trial, np.ndarray, np.ndarray]] = []
+    for l2 in sorted(l2_grid, reverse=True):  # each solution is the start of the next, weaker penalty
+        weight, bias = _minimise(x, y, l2, weight, bias)
+        measured = score(held_out @ weight.numpy().T + bias.numpy(), validation_labels)
+        fits.append((Trial(l2, **measured), weight.numpy(), bias.numpy()))
+        log.info("head fitted", l2=l2, **measured)
+    best, w, b = max(fits, key=lambda fit: (fit[0].accuracy, -fit[0].loss))
+    w = w / std
+    return Head(w.astype(np.float32), (b - w @ mean).astype(np.float32), best.l2, tuple(trial for trial, _, _ in fits))
+
+
+def _check_finite(*matrices: np.ndarray) -> None:
+    bad = sum(int((~np.isfinite(matrix).all(axis=1)).sum()) for matrix in matrices)
+    if bad:
+        raise TrainingDiverged(
+            f"the features of {bad} examples are not finite; nothing was written. Check the weights."
+        )
+
+
+def _minimise(x: Tensor, y: Tensor, l2: float, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The solution for one penalty, float64 (C, D) and (C,), by full-batch L-BFGS from a given start."""
+    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=1000, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = cross_entropy(x @ weight.T + bias, y) + 0.5 * l2 * weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.item()
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return weight.detach(), bias.detach()
