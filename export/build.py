@@ -17,7 +17,7 @@ from bundle.text import TOKENIZER
 from export import gate, goldens, report, timing
 from export.search import Candidate, Findings, VariantName, search
 from finetune.checkpoint import Checkpoint, load_checkpoint
-from finetune.data import Dataset, load_dataset
+from finetune.data import Dataset, Modality, load_dataset
 
 REPORT = "report.json"
 
@@ -101,9 +101,13 @@ def _name(config: ExportConfig) -> str:
 
 
 def _dataset(checkpoint: Checkpoint, location: str | None) -> Dataset:
-    task = checkpoint.spec.tasks[0]
+    splits = checkpoint.splits
+    modality: Modality = "text" if isinstance(checkpoint.spec.input, TextInput) else "image"
     return load_dataset(
-        location or checkpoint.splits.location, input_column=checkpoint.spec.input.column, label_column=task.name
+        location or splits.data,
+        modality,
+        input_column=splits.input_column,
+        label_column=splits.label_column or "label",
     )
 
 

@@ -16,6 +16,7 @@ from export import gate, graph, quantize, timing
 from finetune import evaluate
 from finetune.checkpoint import Checkpoint
 from finetune.data import Dataset
+from finetune.loader import EncodedRows
 
 log = structlog.get_logger()
 
@@ -28,7 +29,7 @@ VariantName = Literal["fp32", "int8-dynamic", "int8-static"]
 class Split:
     """Held-out examples as the graph takes them, and what PyTorch says of them."""
 
-    rows: list[np.ndarray]
+    rows: Sequence[np.ndarray]
     truth: np.ndarray  # int64 (N,)
     logits: np.ndarray  # float32 (N, C), of PyTorch
     indices: np.ndarray  # int64 (N,), into the dataset
@@ -98,8 +99,8 @@ def search(
     """
     spec = checkpoint.spec.input
     selection = reference_split(checkpoint, dataset, "selection")
-    fp32 = graph.to_onnx(checkpoint.network, spec, selection.rows)
-    parity = graph.check_parity(fp32, checkpoint.network, spec, selection.rows[:SAMPLES])
+    fp32 = graph.to_onnx(checkpoint.network, spec, list(selection.rows[:2]))
+    parity = graph.check_parity(fp32, checkpoint.network, spec, list(selection.rows[:SAMPLES]))
     log.info("parity", largest_difference=parity.served, tolerance=parity.tolerance)
 
     graphs: dict[VariantName, bytes] = {"fp32": fp32}
@@ -131,16 +132,16 @@ def reference_split(checkpoint: Checkpoint, dataset: Dataset, name: Literal["sel
     if len(indices) < 2:
         raise DataError(f"the {name} split holds {len(indices)} examples; give it more (edgeward finetune --split).")
     log.info("reference", split=name, examples=len(indices))
-    rows = [checkpoint.encode(dataset.raw(int(i))) for i in indices]
+    rows = EncodedRows(dataset, indices, checkpoint.encode)
     logits = evaluate.logits(checkpoint.network, rows, checkpoint.spec.input)
     return Split(rows, dataset.labels[indices], logits, indices)
 
 
-def calibration_rows(checkpoint: Checkpoint, dataset: Dataset, count: int) -> list[np.ndarray]:
+def calibration_rows(checkpoint: Checkpoint, dataset: Dataset, count: int) -> Sequence[np.ndarray]:
     """Preprocessed training examples, drawn at random with a fixed seed."""
     indices = checkpoint.splits.indices(dataset, "train")
     picked = np.random.default_rng(0).permutation(indices)[:count]
-    return [checkpoint.encode(dataset.raw(int(i))) for i in picked]
+    return EncodedRows(dataset, picked, checkpoint.encode)
 
 
 def measure(
@@ -154,7 +155,7 @@ def measure(
 ) -> Candidate:
     """Load a variant, time it against fp32 and run it over the selection split."""
     session = Session(compiled, device="cpu", threads=reference.threads)
-    sample = selection.rows[:SAMPLES]
+    sample = list(selection.rows[:SAMPLES])
     times = timer(session, reference, [preprocess.collate([row], spec) for row in sample])
     invariant = graph.is_batch_invariant(session, spec, sample)
     logits = predict_logits(session, spec, selection.rows, batch_invariant=invariant)["logits"]

@@ -1,0 +1,44 @@
+PYTHON  ?= python3
+RUNTIME ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)# which onnxruntime: cpu or cuda
+VENV    := .venv
+BIN     := $(VENV)/bin
+
+export ORT_DISABLE_TELEMETRY = 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+export DO_NOT_TRACK = 1
+
+.PHONY: demo demo-digits test check format protos venv clean
+
+demo: venv  ## a pretrained MiniLM, real tweets: fine-tune, export, serve, ask
+	rm -rf demo/tweets
+	$(BIN)/python examples/demo.py tweets --out demo
+
+demo-digits: venv  ## an ImageNet EfficientNet-Lite0, handwritten digits: the same commands
+	rm -rf demo/digits
+	$(BIN)/python examples/demo.py digits --out demo
+
+test: venv  ## the tests
+	$(BIN)/pytest -q
+
+check: venv  ## format, lint, types, generated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_protos.py
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos: venv  ## regenerate the wire's code, with the oldest grpcio-tools that is supported
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --pyi_out=. protos/inference.proto
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(RUNTIME),dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist

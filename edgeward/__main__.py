@@ -1,0 +1,65 @@
+"""The edgeward command: argv -> a stage -> a result on stdout; logs and errors on stderr."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import cyclopts
+import structlog
+from rich.console import Console
+
+from bundle.errors import EdgewardError
+
+INTERRUPTED = 130  # as shells say it: 128 + SIGINT
+
+app = cyclopts.App(
+    name="edgeward",
+    help="Fine-tune a pretrained model, compile it to quantized ONNX, prove that its accuracy survived, serve it.",
+    suppress_keyboard_interrupt=False,
+)
+# by name, so that serving never imports what training needs
+app.command("edgeward.stages:finetune", name="finetune", help="Adapt a pretrained model to labelled data.")
+app.command("edgeward.stages:export", name="export", help="Compile a checkpoint into a bundle that kept its accuracy.")
+app.command("edgeward.serving:serve", name="serve", help="Answer gRPC calls from bundles and ONNX models.")
+app.command("edgeward.serving:infer", name="infer", help="Ask a running server.")
+app.command("edgeward.bundles:inspect", name="inspect", help="Show what is in a bundle.")
+app.command("edgeward.bundles:verify", name="verify", help="Check every hash of a bundle and run its self-test.")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code: 0 done, 1 our error, 2 usage, 3 gate failed, 130 interrupted."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    try:
+        app(arguments, exit_on_error=False, error_console=errors, result_action="return_value")
+    except cyclopts.CycloptsError:
+        return 2
+    except EdgewardError as error:
+        errors.print(f"edgeward: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        errors.print("edgeward: interrupted; nothing half-written is left behind.")
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the result has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        errors.print(f"edgeward: {error}")
+        return 1
+    return 0
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""`edgeward inspect` and `edgeward verify`."""
+
+from pathlib import Path
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from bundle.manifest import GateRecord, Manifest, Regression
+from bundle.model import load_model
+from bundle.session import Device
+from bundle.store import open_bundle
+from edgeward.result import give
+
+
+def inspect(bundle: Path, *, json: bool = False) -> None:
+    """Show what is in a bundle, after checking every hash.
+
+    Args:
+        bundle: its directory.
+        json: give the manifest as one JSON object.
+    """
+    manifest = open_bundle(bundle).manifest
+    give(manifest, _render(manifest), json=json)
+
+
+def verify(bundle: Path, *, device: Device = "auto", json: bool = False) -> None:
+    """Check every hash of a bundle and run its golden self-test on this machine.
+
+    Args:
+        bundle: its directory.
+        device: to run the self-test on.
+        json: give the result as one JSON object.
+    """
+    model = load_model(bundle, device=device)
+    found = {
+        "bundle": bundle,
+        "files": len(model.manifest.files),
+        "variant": model.variant.name,
+        "device": model.session.device,
+        "goldens": len(model.manifest.goldens),
+    }
+    message = (
+        f"{bundle}: {found['files']} files as sealed; {found['goldens']} golden examples reproduced by "
+        f"{found['variant']} on {found['device']}."
+    )
+    give(found, Text(message), json=json)
+
+
+def _render(manifest: Manifest) -> Group:
+    facts = Table(title=f"{manifest.name} version {manifest.version}", show_header=False)
+    facts.add_column()
+    facts.add_column()
+    facts.add_row(
+        "input", f"{type(manifest.input).__name__.removesuffix('Input').lower()} as {manifest.input.column!r}"
+    )
+    for task in manifest.tasks:
+        labels = "one number" if isinstance(task, Regression) else ", ".join(task.labels)
+        facts.add_row(task.name, labels)
+    origin = manifest.provenance
+    facts.add_row("model", origin.model)
+    facts.add_row("data", f"{origin.data} ({origin.data_sha256[:12]})")
+    facts.add_row("created", f"{origin.created} on {origin.cpu}")
+    facts.add_row("command", " ".join(origin.command))
+    facts.add_row("goldens", f"{len(manifest.goldens)}")
+    facts.add_row("size", f"{sum(entry.bytes for entry in manifest.files.values()) / 1e6:.1f} MB")
+    variants = Table(title="variants")
+    for column in ("variant", "device", "instruction set", "p50 ms", "× fp32", "batch-invariant", "gate"):
+        variants.add_column(column)
+    for one in manifest.variants:
+        variants.add_row(
+            one.name,
+            one.device,
+            one.isa,
+            f"{one.latency.p50_ms:.2f}",
+            f"{one.latency.ratio:.2f}",
+            "yes" if one.batch_invariant else "no",
+            _gate(one.gate, one.parity),
+        )
+    return Group(facts, variants)
+
+
+def _gate(record: GateRecord | None, parity: float) -> str:
+    if record is None:
+        return f"parity within {parity:.1g}"
+    return (
+        f"{record.verdict}: {record.metric} {record.reference:.4f} -> {record.served:.4f} on "
+        f"{record.examples} examples, drop at most {record.drop_upper:.4f} of {record.budget:.4f}"
+    )
