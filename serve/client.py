@@ -148,7 +148,7 @@ class Client:
         try:
             return call(request, timeout=self.timeout_s)
         except grpc.RpcError as error:
-            raise ServerError(self.address, error.code(), error.details()) from error
+            raise ServerError(self.address, error.code(), error.details() or "") from error
 
 
 def _datatype(name: str, array: np.ndarray) -> str:
