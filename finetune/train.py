@@ -81,10 +81,8 @@ def train(config: TrainConfig) -> TrainResult:
         out=config.out,
         metrics=metrics,
         history=history,
-        trainable_parameters=total
-        if config.strategy == "full"
-        else sum(p.numel() for p in job.network.head.parameters()),
-        total_parameters=total,
+        trainable_parameters=sum(p.numel() for p in trained.parameters()),
+        total_parameters=sum(p.numel() for p in job.network.parameters()),
         examples=spec.provenance.examples,
         seconds=time.perf_counter() - start,
     )
