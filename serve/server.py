@@ -92,7 +92,7 @@ def start(config: ServeConfig) -> Server:
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. Call it in the main thread; a second signal ends it at once."""
+    """Serve until SIGTERM or SIGINT, then drain. Call it in the main thread; a second signal is not caught."""
     stopping = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
