@@ -29,17 +29,26 @@ _LAST_BYTES_S = 1.0  # for answers that are already on their way
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """How to serve."""
+    """Options of `edgeward serve`."""
 
-    paths: tuple[Path, ...]  # bundles, folders of bundles, repositories, .onnx files
+    paths: tuple[Path, ...]
+    """Bundles, folders of bundles, repositories NAME/VERSION/, or .onnx files."""
     host: str = "127.0.0.1"
-    port: int = 8001  # 0: any free one
+    """Address to listen on; 0.0.0.0 is every network that this machine is in."""
+    port: int = 8001
+    """Port to listen on; 0 takes any that is free."""
     device: Device = "auto"
-    threads: int | None = None  # of one run on the CPU; none: all the cores that this process may use
-    workers: int = 8  # calls that run at the same time
-    max_message_bytes: int = 64 << 20  # of a request, and of an answer
-    drain_s: float = 30.0  # how long running calls may go on when the server stops
-    require_gate: bool = False  # refuse what no accuracy gate has passed
+    """auto takes CUDA where it works, else the CPU, and logs which."""
+    threads: int | None = None
+    """Of one run on the CPU; by default all the cores that this process may use."""
+    workers: int = 8
+    """Calls that run at the same time; more wait."""
+    max_message_bytes: int = 64 << 20
+    """Largest request, and largest answer."""
+    drain_s: float = 30.0
+    """Seconds that running calls may go on when the server stops."""
+    require_gate: bool = False
+    """Refuse what no accuracy gate has passed."""
 
 
 class Server:
