@@ -139,7 +139,7 @@ class Golden(Record, frozen=True, kw_only=True):
 
     file: str  # the raw bytes
     tensors: dict[str, str]  # graph input -> .npy file of the preprocessed example, without batch axis
-    exact: bool  # tensors are equal bit for bit; otherwise (JPEG) within 2 of 255 on average 0.5
+    exact: bool  # tensors are equal bit for bit; otherwise (JPEG) within 32 of 255, on average 0.5
     logits: dict[str, dict[str, tuple[float, ...]]]  # variant -> graph output -> row
 
 
@@ -172,7 +172,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     version: int
     input: Input
     tasks: tuple[Task, ...]
-    variants: tuple[Variant, ...]  # the first that fits the device is served
+    variants: tuple[Variant, ...]  # of a device, the first for this instruction set is served, else the first
     goldens: tuple[Golden, ...]
     provenance: Provenance
     files: dict[str, FileEntry]  # every other file but manifest.sha256

@@ -92,7 +92,11 @@ def seal(directory: Path, manifest: Manifest) -> None:
         BundleError: the result could not be opened: a name that no file may have, a NaN, a golden example left out.
     """
     data = to_json(msgspec.structs.replace(manifest, files=list_files(directory)))
-    _check_names(directory, _parse(directory, data))
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleUnsupported(
+            f"{directory / MANIFEST} would have {len(data)} bytes; the limit is {MAX_MANIFEST_BYTES}."
+        )
+    _verify_files(directory, _parse(directory, data))
     (directory / MANIFEST).write_bytes(data)
     (directory / DIGEST).write_bytes(_digest_line(data))
 

@@ -160,6 +160,24 @@ def test_name_that_cannot_be_opened_cannot_be_sealed(text, name):
         seal(text, open_bundle_unverified(text))
 
 
+def test_link_cannot_be_sealed(text, tmp_path):
+    """A link would be refused by every reader, so it never gets into a bundle."""
+    (tmp_path / "elsewhere").write_text("x")
+    (text / "report.html").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(BundleDamaged, match=r"report\.html is not a plain file"):
+        seal(text, open_bundle_unverified(text))
+
+
+def test_manifest_beyond_its_limit_cannot_be_sealed(text):
+    """The writer keeps to the limits of the reader."""
+    sealed = open_bundle_unverified(text)
+    endless = msgspec.structs.replace(sealed.provenance, data="x" * (16 << 20))
+
+    with pytest.raises(BundleUnsupported, match="the limit is 16777216"):
+        seal(text, msgspec.structs.replace(sealed, provenance=endless))
+
+
 def test_not_a_number_cannot_be_sealed(text):
     """JSON has no NaN; a measurement that is one is found before the bundle is written."""
     sealed = open_bundle_unverified(text)

@@ -59,7 +59,7 @@ def text_graph() -> bytes:
 
 
 def image_graph() -> bytes:
-    """tint.logits (N, 3) = the mean colour / 256; brightness.logits (N, 1) = its sum. All sums are below 2**24: exact."""
+    """tint.logits (N, 3) = the mean colour / 256; brightness.logits (N, 1) = its sum. All sums below 2**24: exact."""
     nodes = [
         helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
         helper.make_node("ReduceSum", ["pixels", "plane"], ["sums"], keepdims=0),
