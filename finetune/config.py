@@ -1,6 +1,6 @@
 """What the stage is asked for, and what it gives back."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ class TrainConfig:
     """transformers:ID_OR_DIR, torchvision:NAME, python:PATH.py:function or python:pkg.mod:function."""
     data: str
     """A folder of class folders with PNG or JPEG files, or a .csv, .jsonl or .parquet file."""
+    _: KW_ONLY
     out: Path
     """Directory of the checkpoint; must not exist yet."""
     strategy: Literal["probe", "full"] = "probe"

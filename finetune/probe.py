@@ -4,7 +4,8 @@ The head is multinomial logistic regression on standardised features, which has 
 epochs, no luck. The strength of its L2 penalty is chosen on the validation split.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from finetune.evaluate import score
 log = structlog.get_logger()
 
 L2_GRID = tuple(10 ** (-exponent / 2) for exponent in range(11))  # 1 … 1e-5, decades and halves
+SINGLE_THREADED = 4_000_000  # numbers; below that, threads that wait for each other cost more than they bring
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def fit_head(
         validation_features: float (M, D).
         validation_labels: int64 (M,).
         classes: C.
-        l2_grid: penalties to try.
+        l2_grid: positive penalties to try.
 
     Raises:
         TrainingDiverged: a feature is not finite.
@@ -69,18 +71,18 @@ def fit_head(
     mean = features.mean(axis=0, dtype=np.float64)
     std = features.std(axis=0, dtype=np.float64)
     std[std < 1e-12] = 1.0  # constant features carry nothing
-    x = torch.from_numpy((features - mean) / std)
-    y = torch.from_numpy(np.asarray(labels, np.int64))
+    problem = _Problem(torch.from_numpy((features - mean) / std), torch.from_numpy(np.asarray(labels, np.int64)))
     held_out = (validation_features - mean) / std
 
     weight = torch.zeros(classes, features.shape[1], dtype=torch.float64)
     bias = torch.zeros(classes, dtype=torch.float64)
     fits: list[tuple[Trial, np.ndarray, np.ndarray]] = []
-    for l2 in sorted(l2_grid, reverse=True):  # each solution is the start of the next, weaker penalty
-        weight, bias = _minimise(x, y, l2, weight, bias)
-        measured = score(held_out @ weight.numpy().T + bias.numpy(), validation_labels)
-        fits.append((Trial(l2, **measured), weight.numpy(), bias.numpy()))
-        log.info("head fitted", l2=l2, **measured)
+    with _threads(1 if features.size < SINGLE_THREADED else torch.get_num_threads()):
+        for l2 in sorted(l2_grid, reverse=True):  # each solution is the start of the next, weaker penalty
+            weight, bias = problem.minimise(l2, weight, bias)
+            measured = score(held_out @ weight.numpy().T + bias.numpy(), validation_labels)
+            fits.append((Trial(l2, **measured), weight.numpy(), bias.numpy()))
+            log.info("head fitted", l2=l2, **measured)
     best, w, b = max(fits, key=lambda fit: (fit[0].accuracy, -fit[0].loss))
     w = w / std
     return Head(w.astype(np.float32), (b - w @ mean).astype(np.float32), best.l2, tuple(trial for trial, _, _ in fits))
@@ -94,18 +96,49 @@ def _check_finite(*matrices: np.ndarray) -> None:
         )
 
 
-def _minimise(x: Tensor, y: Tensor, l2: float, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The solution for one penalty, float64 (C, D) and (C,), by full-batch L-BFGS from a given start."""
-    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=1000, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
-    )
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    def closure() -> float:
-        optimizer.zero_grad()
-        loss = cross_entropy(x @ weight.T + bias, y) + 0.5 * l2 * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.item()
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return weight.detach(), bias.detach()
+class _Problem:
+    """Logistic regression on given standardised features, in coordinates in which L-BFGS needs few steps.
+
+    The Hessian lies between l2 and l2 + λ / 2, λ being the eigenvalues of the features' covariance. Rotating the
+    features to its eigenvectors leaves the penalty as it is, and scaling each weight by the root of its bound evens
+    the curvature out: some twenty evaluations instead of hundreds.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self._eigenvalues, self._basis = torch.linalg.eigh(x.T @ x / len(x))
+        self._x = x @ self._basis  # float64 (N, D)
+        self._y = y
+
+    def minimise(self, l2: float, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The solution for one penalty, float64 (C, D) and (C,), by full-batch L-BFGS from a given start."""
+        scale = (self._eigenvalues.clamp(min=0) / 2 + l2).sqrt()
+        scaled = (weight @ self._basis * scale).requires_grad_()
+        bias = bias.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [scaled, bias],
+            max_iter=1000,
+            max_eval=2000,
+            tolerance_grad=1e-7,
+            tolerance_change=1e-9,  # nats; leaves the objective within about 1e-6 of its minimum
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure() -> float:
+            optimizer.zero_grad()
+            rotated = scaled / scale
+            loss = cross_entropy(self._x @ rotated.T + bias, self._y) + 0.5 * l2 * rotated.square().sum()
+            loss.backward()
+            return float(loss.item())
+
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        return (scaled / scale).detach() @ self._basis.T, bias.detach()

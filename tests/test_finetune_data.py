@@ -1,0 +1,253 @@
+"""Every kind of dataset, every reason to refuse one, and how it is split."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import structlog
+
+from bundle.errors import DataError
+from finetune.data import load_dataset
+from finetune.splits import SPLIT_NAMES, Splits, make_splits
+from tests.finetune_examples import tweets, write_csv, write_digits, write_tweets
+
+HEADER = ["text", "label"]
+
+
+@pytest.fixture(scope="module")
+def some_tweets(tmp_path_factory):
+    return load_dataset(write_tweets(tmp_path_factory.mktemp("data") / "tweets.csv", 1000), "text")
+
+
+def test_one_table_is_the_same_data_in_every_format(tmp_path):
+    """CSV, JSONL and Parquet of the same rows give the same examples, labels and digests."""
+    rows = tweets(50)
+    write_csv(tmp_path / "a.csv", [HEADER, *rows])
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"label": y, "text": x}) + "\n" for x, y in rows))
+    columns = {"id": list(range(50)), "text": [x for x, _ in rows], "label": [y for _, y in rows]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+
+    csv, jsonl, parquet = (load_dataset(tmp_path / f"a.{s}", "text") for s in ("csv", "jsonl", "parquet"))
+
+    assert [csv.raw(i).decode() for i in range(len(csv))] == [x for x, _ in rows]
+    assert [csv.label_names[i] for i in csv.labels] == [y for _, y in rows]
+    assert csv.labels.dtype == np.int64
+    assert csv.label_names == tuple(sorted({y for _, y in rows}))
+    for other in (jsonl, parquet):
+        assert (other.sha256, other.hashes) == (csv.sha256, csv.hashes)
+        np.testing.assert_array_equal(other.labels, csv.labels)
+
+
+def test_csv_keeps_what_is_quoted(tmp_path):
+    """Commas, quotes, line breaks, a byte order mark and words like NA in a text are part of it."""
+    texts = ["a, b", 'say "no"', "two\nlines", "NA", "null", "123", "4.5", "né 中文"]
+    path = write_csv(tmp_path / "a.csv", [HEADER, *([t, str(i % 2)] for i, t in enumerate(texts))])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+    dataset = load_dataset(path, "text")
+
+    assert [dataset.raw(i).decode() for i in range(len(dataset))] == texts
+    assert dataset.label_names == ("0", "1")
+
+
+def test_folder_is_its_class_folders(tmp_path):
+    """Images are found at any depth, by any case of the suffix; other and hidden files are not examples."""
+    write_digits(tmp_path, 60)
+    (tmp_path / "0" / "deep").mkdir()
+    moved = sorted((tmp_path / "0").glob("*.png"))[0].rename(tmp_path / "0" / "deep" / "X.PNG")
+    (tmp_path / "0" / "notes.txt").write_text("not an image")
+    (tmp_path / "0" / ".hidden.png").write_text("not an image")
+    (tmp_path / ".cache").mkdir()
+
+    dataset = load_dataset(tmp_path, "image")
+
+    assert len(dataset) == 60
+    assert dataset.label_names == tuple("0123456789")
+    assert dataset.raw(dataset.names.index("0/deep/X.PNG")) == moved.read_bytes()
+
+
+def test_table_may_hold_image_paths(tmp_path):
+    """A table's image column names files relative to the table's folder, and gives the folder's examples."""
+    folder = load_dataset(write_digits(tmp_path / "digits", 40), "image")
+    rows = [[f"digits/{name}", name.split("/")[0]] for name in folder.names]
+    table = load_dataset(write_csv(tmp_path / "a.csv", [["file", "digit"], *rows]), "image", input_column="file",
+                         label_column="digit")  # fmt: skip
+
+    assert table.sha256 == folder.sha256
+    assert table.raw(0) == folder.raw(0)
+
+
+def test_digest_is_of_the_content_not_of_the_order(tmp_path):
+    """Shuffled rows have the same digest; another label or another text has another."""
+    rows = tweets(40)
+    same = load_dataset(write_csv(tmp_path / "a.csv", [HEADER, *rows]), "text").sha256
+
+    assert load_dataset(write_csv(tmp_path / "b.csv", [HEADER, *rows[::-1]]), "text").sha256 == same
+    other = next(label for _, label in rows if label != rows[0][1])
+    changed = [(rows[0][0], other), *rows[1:]]
+    assert load_dataset(write_csv(tmp_path / "c.csv", [HEADER, *changed]), "text").sha256 != same
+    assert load_dataset(write_csv(tmp_path / "d.csv", [HEADER, ("new", rows[0][1]), *rows[1:]]), "text").sha256 != same
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no column 'text'"),
+        ([["body", "label"], ["a", "x"]], "no column 'text'; its columns are body, label"),
+        ([["text", "class"], ["a", "x"]], "no column 'label'; its columns are text, class"),
+        ([HEADER], "has no examples"),
+        ([HEADER, ["a", "x"], ["b", "x"]], "has one label, 'x'"),
+        ([HEADER, ["a", "x"], ["b", "x"], ["c", "y"]], "fewer than 2 different examples, 'y' the first"),
+        ([HEADER, ["a", "x"], ["b", "x"], ["c", "y"], ["c", "y"]], "fewer than 2 different examples, 'y'"),
+        ([HEADER, ["a", "x"], [" ", "x"], ["c", ""]], "2 bad of 1 examples.*row 2 has no text"),
+        ([HEADER, ["a", "x"], ["b", ""]], "row 2 has no label"),
+        ([HEADER, ["a", "x"], ["b", "x", "surplus"]], "Expected 2 columns, got 3"),
+    ],
+)
+def test_unusable_table_is_refused_by_name(tmp_path, rows, message):
+    """Each thing that can be wrong with a table is one error that says which."""
+    with pytest.raises(DataError, match=message):
+        load_dataset(write_csv(tmp_path / "a.csv", rows), "text")
+
+
+def test_other_encoding_is_refused_with_its_place(tmp_path):
+    """A CSV that is not UTF-8 is refused with the offset of the first wrong byte."""
+    (tmp_path / "a.csv").write_bytes("text,label\ncafé,x\n".encode("latin-1"))
+
+    with pytest.raises(DataError, match=r"not UTF-8: .* at byte 14"):
+        load_dataset(tmp_path / "a.csv", "text")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": ', "cannot be read"),
+        ("a.jsonl", b"", "is empty"),
+        ("a.jsonl", b'{"text": ["a"], "label": "x"}\n', "column 'text' .* holds list"),
+        ("a.parquet", b"PAR1 not really", "cannot be read"),
+        ("a.xlsx", b"", "is not a table: its suffix"),
+    ],
+)
+def test_broken_file_is_refused(tmp_path, name, content, message):
+    """A file that is not what its suffix says is one clear error."""
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(DataError, match=message):
+        load_dataset(tmp_path / name, "text")
+
+
+def test_places_without_data_are_refused(tmp_path):
+    """Nothing there, a folder for texts, an empty folder and an empty class folder each say so."""
+    with pytest.raises(DataError, match="no dataset at"):
+        load_dataset(tmp_path / "nowhere", "text")
+    with pytest.raises(DataError, match="texts come as"):
+        load_dataset(tmp_path, "text")
+    with pytest.raises(DataError, match="has no examples"):
+        load_dataset(tmp_path, "image")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"class folder .*empty holds no PNG"):
+        load_dataset(tmp_path, "image")
+
+
+def test_unreadable_images_are_counted_and_named(tmp_path):
+    """A truncated image is an error that names it, unless so many may be bad; then it is left out."""
+    write_digits(tmp_path, 100)
+    whole = sorted((tmp_path / "3").glob("*.png"))
+    for path in whole[:2]:
+        path.write_bytes(path.read_bytes()[:60])
+
+    with pytest.raises(DataError, match=f"2 bad of 100 .*3/{whole[0].name} is not a readable"):
+        load_dataset(tmp_path, "image", max_bad=1)
+
+    assert len(load_dataset(tmp_path, "image", max_bad=2)) == 98
+
+
+def test_contradictions_are_counted(tmp_path):
+    """Equal examples with different labels are kept, and warned about with their number."""
+    rows = [HEADER, ["a", "x"], ["a", "y"], ["b", "x"], ["c", "y"], ["d", "x"]]
+    with structlog.testing.capture_logs() as logs:
+        dataset = load_dataset(write_csv(tmp_path / "a.csv", rows), "text")
+
+    assert len(dataset) == 5
+    assert [entry["contents"] for entry in logs if entry["log_level"] == "warning"] == [1]
+
+
+def test_splits_part_the_data(some_tweets):
+    """Every example is in exactly one split, and the splits have their shares."""
+    splits = make_splits(some_tweets, (0.7, 0.1, 0.1, 0.1), seed=0)
+    parts = [splits.indices(some_tweets, name) for name in SPLIT_NAMES]
+
+    assert sorted(np.concatenate(parts)) == list(range(1000))
+    assert [len(part) for part in parts] == [700, 100, 100, 100]
+
+
+@pytest.mark.parametrize("fractions", [(0.7, 0.1, 0.1, 0.1), (0.4, 0.2, 0.2, 0.2), (0.25, 0.25, 0.25, 0.25)])
+def test_splits_are_stratified(some_tweets, fractions):
+    """Each label has its share of each split, give or take two examples."""
+    splits = make_splits(some_tweets, fractions, seed=1)
+    of_label = Counter(some_tweets.labels.tolist())
+    for name, fraction in zip(SPLIT_NAMES, fractions, strict=True):
+        counts = Counter(some_tweets.labels[splits.indices(some_tweets, name)].tolist())
+        for label, count in of_label.items():
+            assert abs(counts[label] - fraction * count) <= 2
+
+
+def test_splits_are_a_function_of_seed_and_content(tmp_path, some_tweets):
+    """The order of the rows changes nothing, the seed changes everything."""
+    rows = [[some_tweets.raw(i).decode(), some_tweets.label_names[some_tweets.labels[i]]] for i in range(1000)]
+    shuffled = load_dataset(write_csv(tmp_path / "b.csv", [HEADER, *rows[::-1]]), "text")
+
+    first = make_splits(some_tweets, seed=0).assignment
+    assert make_splits(shuffled, seed=0).assignment == first
+    other = make_splits(some_tweets, seed=1).assignment
+    assert sum(other[digest] != split for digest, split in first.items()) > 300
+
+
+def test_equal_examples_are_held_out_together_and_once(tmp_path):
+    """Duplicates never cross splits; selection and gate have each content once, train keeps them all."""
+    rows = [row for row in tweets(100) for _ in range(3)]
+    dataset = load_dataset(write_csv(tmp_path / "a.csv", [HEADER, *rows]), "text")
+    splits = make_splits(dataset, seed=0)
+    contents = {name: [dataset.hashes[i] for i in splits.indices(dataset, name)] for name in SPLIT_NAMES}
+
+    assert sum(len(set(c)) for c in contents.values()) == 100
+    assert len(set().union(*contents.values())) == 100
+    assert len(contents["train"]) == 3 * len(set(contents["train"]))
+    for name in ("selection", "gate"):
+        assert len(contents[name]) == len(set(contents[name]))
+
+
+def test_other_data_is_refused(some_tweets, tmp_path):
+    """Splits only speak about the data that was split."""
+    splits = make_splits(some_tweets, seed=0)
+    other = load_dataset(write_csv(tmp_path / "a.csv", [HEADER, *tweets(999)]), "text")
+
+    with pytest.raises(DataError, match="not the data that was split"):
+        splits.indices(other, "gate")
+
+
+@pytest.mark.parametrize(
+    ("rows", "fractions", "message"),
+    [
+        (20, (0.5, 0.5, 0.0, 0.0), "four positive numbers"),
+        (20, (0.7, 0.1, 0.1, 0.2), "four positive numbers"),
+        (4, (0.7, 0.1, 0.1, 0.1), "4 different examples, too few"),
+        (40, (0.04, 0.32, 0.32, 0.32), "none of them is in the train split"),
+    ],
+)
+def test_impossible_splits_are_refused(tmp_path, rows, fractions, message):
+    """Wrong fractions, an empty split, and a label that nothing is learned about are errors."""
+    table = [HEADER, *([f"text {i}", f"label {i // 2}"] for i in range(rows))]
+    with pytest.raises(DataError, match=message):
+        make_splits(load_dataset(write_csv(tmp_path / "a.csv", table), "text"), fractions, seed=0)
+
+
+def test_splits_survive_json(some_tweets):
+    """What is written is what is read."""
+    import msgspec
+
+    splits = make_splits(some_tweets, seed=3)
+    assert msgspec.json.decode(msgspec.json.encode(splits), type=Splits) == splits
