@@ -161,6 +161,8 @@ def _read_spec(path: Path) -> tuple[CheckpointSpec, str]:
         spec = msgspec.json.decode(data, type=CheckpointSpec)
     except (msgspec.DecodeError, AttributeError) as error:
         raise CheckpointError(f"{path / SPEC} is not a checkpoint's: {error}.") from error
+    if not spec.tasks:
+        raise CheckpointError(f"{path / SPEC} has no task.")
     return spec, hashlib.sha256(data).hexdigest()
 
 

@@ -40,6 +40,8 @@ def open_model(name: str, *, column: str, image_size: int | None, weights: str) 
             f"the weights of torchvision:{name} cannot be downloaded: {error}. "
             "Give --weights FILE, or --weights none for random ones."
         ) from error
+    if getattr(model, "aux_logits", False):
+        raise ModelError(f"torchvision:{name} has auxiliary heads, which are not trained here. Choose another model.")
     backbone, width, head = cut_head(model, spec.height, spec.width, f"torchvision:{name}")
     if weights not in ("default", "none"):
         _load_weights(backbone, Path(weights), head)

@@ -9,11 +9,19 @@ from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from bundle.errors import TrainingDiverged
 from finetune import evaluate
 from finetune.cache import cached
 from finetune.probe import L2_GRID, fit_head
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """scikit-learn's small matrix products are slowed down many times by threads that wait for a shared core."""
+    with threadpool_limits(1):
+        yield
 
 
 @pytest.fixture(scope="module")
