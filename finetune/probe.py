@@ -19,7 +19,7 @@ from finetune.evaluate import score
 
 log = structlog.get_logger()
 
-L2_GRID = tuple(10 ** (-exponent / 2) for exponent in range(11))  # 1 … 1e-5, decades and halves
+L2_GRID = tuple(10 ** (-exponent / 2) for exponent in range(10))  # 1 … 3e-5, decades and halves
 SINGLE_THREADED = 4_000_000  # numbers; below that, threads that wait for each other cost more than they bring
 
 
@@ -71,13 +71,14 @@ def fit_head(
     mean = features.mean(axis=0, dtype=np.float64)
     std = features.std(axis=0, dtype=np.float64)
     std[std < 1e-12] = 1.0  # constant features carry nothing
-    problem = _Problem(torch.from_numpy((features - mean) / std), torch.from_numpy(np.asarray(labels, np.int64)))
+    x, y = torch.from_numpy((features - mean) / std), torch.from_numpy(np.asarray(labels, np.int64))
     held_out = (validation_features - mean) / std
 
     weight = torch.zeros(classes, features.shape[1], dtype=torch.float64)
     bias = torch.zeros(classes, dtype=torch.float64)
     fits: list[tuple[Trial, np.ndarray, np.ndarray]] = []
     with _threads(1 if features.size < SINGLE_THREADED else torch.get_num_threads()):
+        problem = _Problem(x, y)
         for l2 in sorted(l2_grid, reverse=True):  # each solution is the start of the next, weaker penalty
             weight, bias = problem.minimise(l2, weight, bias)
             measured = score(held_out @ weight.numpy().T + bias.numpy(), validation_labels)
