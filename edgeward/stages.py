@@ -3,15 +3,17 @@
 from typing import Annotated
 
 from cyclopts import Parameter
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
 from bundle.errors import MissingExtra
 from edgeward.result import give
 
 try:
     from export.build import ExportConfig, export_checkpoint
-    from export.report import render as render_export
-    from finetune.train import TrainConfig, train
-    from finetune.train import TrainConfig, train
+    from export.report import render
+    from finetune.train import TrainConfig, TrainResult, train
 except ImportError as error:
     raise MissingExtra(
         f"{error.name} is not installed. On the machine that trains and exports: pip install 'edgeward[export,cpu]'."
@@ -26,7 +28,7 @@ def finetune(config: Annotated[TrainConfig, Parameter(name="*")], *, json: bool 
         json: give the result as one JSON object.
     """
     result = train(config)
-    give(result, render_training(result), json=json)
+    give(result, _render(result), json=json)
 
 
 def export(config: Annotated[ExportConfig, Parameter(name="*")], *, json: bool = False) -> None:
@@ -37,4 +39,23 @@ def export(config: Annotated[ExportConfig, Parameter(name="*")], *, json: bool =
         json: give the report as one JSON object.
     """
     result = export_checkpoint(config)
-    give(result.report, render_export(result.report), json=json)
+    give(result.report, render(result.report), json=json)
+
+
+def _render(result: TrainResult) -> Group:
+    names = list(result.history[0])
+    table = Table(title="on the validation split")
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in result.history:
+        kept = all(result.metrics.get(name, row[name]) == row[name] for name in names)
+        table.add_row(*(f"{row[name]:.4g}" for name in names), style="bold" if kept else "")
+    counts = ", ".join(f"{count} {split}" for split, count in result.examples.items())
+    return Group(
+        table,
+        Text(
+            f"{result.out}: validation accuracy {result.metrics['accuracy']:.4f}, macro F1 "
+            f"{result.metrics['macro_f1']:.4f}; {result.trainable_parameters:,} of {result.total_parameters:,} "
+            f"parameters trained in {result.seconds:.0f} s; examples: {counts}."
+        ),
+    )

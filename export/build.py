@@ -1,7 +1,7 @@
 """Checkpoint -> bundle: the stage as one function, from ExportConfig to ExportResult."""
 
 import platform
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,7 @@ class ExportConfig:
 
     checkpoint: Path
     """Directory that `edgeward finetune` wrote."""
+    _: KW_ONLY
     out: Path
     """Bundle directory; must not exist yet."""
     data: str | None = None

@@ -21,6 +21,7 @@ log = structlog.get_logger()
 
 L2_GRID = tuple(10 ** (-exponent / 2) for exponent in range(10))  # 1 … 3e-5, decades and halves
 SINGLE_THREADED = 4_000_000  # numbers; below that, threads that wait for each other cost more than they bring
+STD_FLOOR = 0.1  # EfficientNet-Lite0 on digits: accuracy 0.928 -> 0.942, of an int8 head 0.25 -> 0.946
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ def fit_head(
     """
     _check_finite(features, validation_features)
     mean = features.mean(axis=0, dtype=np.float64)
-    std = features.std(axis=0, dtype=np.float64)
-    std[std < 1e-12] = 1.0  # constant features carry nothing
+    std = _spread(features)
     x, y = torch.from_numpy((features - mean) / std), torch.from_numpy(np.asarray(labels, np.int64))
     held_out = (validation_features - mean) / std
 
@@ -87,6 +87,18 @@ def fit_head(
     best, w, b = max(fits, key=lambda fit: (fit[0].accuracy, -fit[0].loss))
     w = w / std
     return Head(w.astype(np.float32), (b - w @ mean).astype(np.float32), best.l2, tuple(trial for trial, _, _ in fits))
+
+
+def _spread(features: np.ndarray) -> np.ndarray:
+    """Standard deviations float64 (D,), none below STD_FLOOR of their root mean square.
+
+    A feature that hardly varies would be blown up to be as loud as any other, its noise with it, and its weight in the
+    folded head would be so large that int8 has no bits left for the rest.
+    """
+    std = features.std(axis=0, dtype=np.float64)
+    typical = float(np.sqrt(np.mean(np.square(std))))
+    floored: np.ndarray = np.maximum(std, STD_FLOOR * typical if typical > 0 else 1.0)
+    return floored
 
 
 def _check_finite(*matrices: np.ndarray) -> None:

@@ -46,16 +46,30 @@ def test_probe_finds_scikit_learns_solution(digits, l2):
     """At the same penalty the objective is as low as scikit-learn's, and the probabilities are the same."""
     x, y, held_out, truth = digits
     head = fit_head(x, y, held_out, truth, 10, l2_grid=[l2])
-    scaler = StandardScaler().fit(x)
-    z, held_out_z = scaler.transform(x.astype(np.float64)), scaler.transform(held_out.astype(np.float64))
+    scale = np.maximum(x.std(axis=0, dtype=np.float64), 0.1 * np.sqrt(x.var(axis=0, dtype=np.float64).mean()))
+    mean = x.mean(axis=0, dtype=np.float64)
+    z, held_out_z = (x - mean) / scale, (held_out - mean) / scale
     oracle = LogisticRegression(C=1 / (l2 * len(x)), solver="newton-cholesky", tol=1e-8).fit(z, y)
 
-    ours = objective(x @ head.weight.T + head.bias, y, head.weight * scaler.scale_, l2)
+    ours = objective(x @ head.weight.T + head.bias, y, head.weight * scale, l2)
     theirs = objective(oracle.decision_function(z), y, oracle.coef_, l2)
     assert ours == pytest.approx(theirs, rel=1e-5)
     np.testing.assert_allclose(
         logits_to_probabilities(held_out @ head.weight.T + head.bias), oracle.predict_proba(held_out_z), atol=2e-3
     )
+
+
+def test_features_that_hardly_vary_leave_int8_its_bits(digits):
+    """Columns of faint noise do not get weights that dwarf all others, which int8 could not hold."""
+    x, y, held_out, truth = digits
+    noise = np.random.default_rng(0).normal(scale=1e-4, size=(len(x) + len(held_out), 50)).astype(np.float32)
+    x, held_out = np.hstack([x, noise[: len(x)]]), np.hstack([held_out, noise[len(x) :]])
+    head = fit_head(x, y, held_out, truth, 10)
+    step = np.abs(head.weight).max(axis=1, keepdims=True) / 127
+    coarse = np.round(head.weight / step) * step
+
+    whole = accuracy_score(truth, (held_out @ head.weight.T + head.bias).argmax(axis=1))
+    assert accuracy_score(truth, (held_out @ coarse.T + head.bias).argmax(axis=1)) >= whole - 0.01
 
 
 def test_chosen_penalty_is_no_worse_than_scikit_learns_default(digits):
