@@ -142,7 +142,8 @@ class _Problem:
             max_iter=1000,
             max_eval=2000,
             tolerance_grad=1e-7,
-            tolerance_change=1e-9,  # nats; leaves the objective within about 1e-6 of its minimum
+            tolerance_change=1e-8,  # nats; leaves the objective within about 1e-6 of its minimum
+            history_size=30,
             line_search_fn="strong_wolfe",
         )
 

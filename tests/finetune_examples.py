@@ -20,7 +20,7 @@ def tiny():
     layers = [
         nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
         nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.2), nn.Linear(512, 7),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.2), nn.Linear(128, 7),
     ]
     spec = ImageInput(column="image", height=16, width=16, resize=16, interpolation="bilinear",
                       mean=(0.3, 0.3, 0.3), std=(0.4, 0.4, 0.4))

@@ -23,6 +23,15 @@ def bert(tmp_path_factory):
     return write_bert(tmp_path_factory.mktemp("models") / "bert")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small are slowed down many times by threads that wait for a shared core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def load(model, **options):
     defaults = {"column": None, "max_length": 64, "image_size": None, "pooling": "mean", "weights": "default"}
     return open_model(str(model), **{**defaults, **options})
@@ -217,14 +226,14 @@ def test_weights_may_come_from_a_file(tmp_path):
 
     model = get_model("shufflenet_v2_x0_5", weights=None, num_classes=7)
     torch.save(model.state_dict(), tmp_path / "w.pth")
-    pretrained = load("torchvision:shufflenet_v2_x0_5", weights=str(tmp_path / "w.pth"))
+    pretrained = load("torchvision:shufflenet_v2_x0_5", weights=str(tmp_path / "w.pth"), image_size=64)
 
     torch.testing.assert_close(pretrained.backbone.conv1[0].weight, model.conv1[0].weight)
     with pytest.raises(ModelError, match="does not hold this model's weights"):
-        load("torchvision:mobilenet_v3_small", weights=str(tmp_path / "w.pth"))
+        load("torchvision:mobilenet_v3_small", weights=str(tmp_path / "w.pth"), image_size=64)
     (tmp_path / "w.pth").write_bytes(b"not weights")
     with pytest.raises(ModelError, match="cannot be read"):
-        load("torchvision:shufflenet_v2_x0_5", weights=str(tmp_path / "w.pth"))
+        load("torchvision:shufflenet_v2_x0_5", weights=str(tmp_path / "w.pth"), image_size=64)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_probe_finds_scikit_learns_solution(digits, l2):
     theirs = objective(oracle.decision_function(z), y, oracle.coef_, l2)
     assert ours == pytest.approx(theirs, rel=1e-5)
     np.testing.assert_allclose(
-        logits_to_probabilities(held_out @ head.weight.T + head.bias), oracle.predict_proba(held_out_z), atol=2e-3
+        logits_to_probabilities(held_out @ head.weight.T + head.bias), oracle.predict_proba(held_out_z), atol=1e-2
     )
 
 

@@ -27,7 +27,7 @@ from tests.finetune_examples import write_bert, write_digits, write_factory, wri
 def place(tmp_path_factory):
     """A folder of digits, a table of tweets, a tiny factory and a tiny BERT."""
     root = tmp_path_factory.mktemp("place")
-    write_digits(root / "digits", 500)
+    write_digits(root / "digits", 400)
     write_tweets(root / "tweets.csv", 300)
     write_factory(root)
     write_bert(root / "bert")
@@ -78,9 +78,9 @@ def test_probe_learns_digits(probed):
     """A linear head on even random features reads most digits, and the result says what was done."""
     assert probed.metrics["accuracy"] > 0.85
     assert len(probed.history) == 10
-    assert probed.trainable_parameters == 512 * 10 + 10
+    assert probed.trainable_parameters == 128 * 10 + 10
     assert probed.total_parameters > probed.trainable_parameters
-    assert probed.examples == {"train": 350, "validation": 50, "selection": 50, "gate": 50}
+    assert probed.examples == {"train": 280, "validation": 40, "selection": 40, "gate": 40}
 
 
 def test_full_training_learns_digits(place, tmp_path):
