@@ -99,8 +99,11 @@ def load_dataset(
         raise DataError(f"{path} is a folder, which holds images; texts come as a .csv, .jsonl or .parquet file.")
     else:
         raise DataError(f"there is no dataset at {path}.")
-    hashes = _hash(examples, bad)
-    _judge_bad(path, bad, max_bad, len(examples))
+    rows = len(examples) + len(bad)
+    hashes = [hashlib.sha256(e.raw).hexdigest() if isinstance(e.raw, bytes) else "" for e in examples]
+    if modality == "image":
+        hashes = _check_images(examples, bad)
+    _judge_bad(path, bad, max_bad, rows)
     examples = [example for example, digest in zip(examples, hashes, strict=True) if digest]
     return _dataset(path, examples, [h for h in hashes if h], (column, label_column) if is_table else (None, None))
 
@@ -129,29 +132,31 @@ def _folder_examples(path: Path) -> list[_Example]:
     return examples
 
 
-def _hash(examples: list[_Example], bad: list[str]) -> list[str]:
+def _check_images(examples: list[_Example], bad: list[str]) -> list[str]:
     """Hex sha256 per example, "" for images that cannot be decoded, which `bad` is told of."""
-
-    def check(example: _Example) -> str | Exception:
-        if isinstance(example.raw, bytes):
-            return hashlib.sha256(example.raw).hexdigest()
-        try:
-            raw = example.raw.read_bytes()
-            image = Image.open(BytesIO(raw), formats=("PNG", "JPEG"))
-            image.draft("RGB", (1, 1))  # JPEG is decoded at an eighth of its size, but to its end
-            image.load()
-        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, … on broken files
-            return error
-        return hashlib.sha256(raw).hexdigest()
-
     hashes = []
     with ThreadPoolExecutor(cpu_count()) as pool:
-        results = pool.map(check, examples)
+        results = pool.map(_check_image, examples)
         for example, result in zip(examples, track(results, len(examples), "reading data"), strict=True):
             hashes.append(result if isinstance(result, str) else "")
             if isinstance(result, Exception):
                 bad.append(f"{example.name} is not a readable PNG or JPEG: {result}")
     return hashes
+
+
+def _check_image(example: _Example) -> str | Exception:
+    try:
+        raw = _read(example.raw)
+        image = Image.open(BytesIO(raw), formats=("PNG", "JPEG"))
+        image.draft("RGB", (1, 1))  # JPEG is decoded at an eighth of its size, but to its end
+        image.load()
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, … on broken files
+        return error
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _read(raw: bytes | Path) -> bytes:
+    return raw if isinstance(raw, bytes) else raw.read_bytes()
 
 
 def _judge_bad(path: Path, bad: list[str], max_bad: int, examples: int) -> None:
@@ -172,10 +177,6 @@ def _dataset(
     lines = sorted(f"{digest} {example.label}\n" for digest, example in zip(hashes, examples, strict=True))
     raws = [example.raw for example in examples]
 
-    def read(i: int) -> bytes:
-        raw = raws[i]
-        return raw if isinstance(raw, bytes) else raw.read_bytes()
-
     return Dataset(
         location=str(path),
         input_column=columns[0],
@@ -185,7 +186,7 @@ def _dataset(
         labels=np.array([index[example.label] for example in examples], dtype=np.int64),
         label_names=label_names,
         sha256=hashlib.sha256("".join(lines).encode()).hexdigest(),
-        _raw=read,
+        _raw=lambda i: _read(raws[i]),
     )
 
 

@@ -41,6 +41,19 @@ def test_one_table_is_the_same_data_in_every_format(tmp_path):
         np.testing.assert_array_equal(other.labels, csv.labels)
 
 
+def test_labels_of_any_type_are_their_words(tmp_path):
+    """Numbers and truth values as labels, and texts that look like dates, are what they look like in every format."""
+    texts = ["2020-01-01", "2020-01-02", "3", "4"]
+    for labels, words in [([1, 0, 1, 0], ("0", "1")), ([True, False, True, False], ("false", "true"))]:
+        rows = [json.dumps({"text": t, "label": y}) + "\n" for t, y in zip(texts, labels, strict=True)]
+        (tmp_path / "a.jsonl").write_text("".join(rows))
+        pq.write_table(pa.table({"text": texts, "label": labels}), tmp_path / "a.parquet")
+        for name in ("a.jsonl", "a.parquet"):
+            dataset = load_dataset(tmp_path / name, "text")
+            assert dataset.label_names == words
+            assert [dataset.raw(i).decode() for i in range(4)] == texts
+
+
 def test_csv_keeps_what_is_quoted(tmp_path):
     """Commas, quotes, line breaks, a byte order mark and words like NA in a text are part of it."""
     texts = ["a, b", 'say "no"', "two\nlines", "NA", "null", "123", "4.5", "né 中文"]
@@ -102,7 +115,7 @@ def test_digest_is_of_the_content_not_of_the_order(tmp_path):
         ([HEADER, ["a", "x"], ["b", "x"]], "has one label, 'x'"),
         ([HEADER, ["a", "x"], ["b", "x"], ["c", "y"]], "fewer than 2 different examples, 'y' the first"),
         ([HEADER, ["a", "x"], ["b", "x"], ["c", "y"], ["c", "y"]], "fewer than 2 different examples, 'y'"),
-        ([HEADER, ["a", "x"], [" ", "x"], ["c", ""]], "2 bad of 1 examples.*row 2 has no text"),
+        ([HEADER, ["a", "x"], [" ", "x"], ["c", ""]], "2 bad of 3 examples.*row 2 has no text"),
         ([HEADER, ["a", "x"], ["b", ""]], "row 2 has no label"),
         ([HEADER, ["a", "x"], ["b", "x", "surplus"]], "Expected 2 columns, got 3"),
     ],
@@ -124,9 +137,10 @@ def test_other_encoding_is_refused_with_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": ', "cannot be read"),
-        ("a.jsonl", b"", "is empty"),
-        ("a.jsonl", b'{"text": ["a"], "label": "x"}\n', "column 'text' .* holds list"),
+        ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": ', "line 2 of .* is not JSON"),
+        ("a.jsonl", b'{"text": "a", "label": "x"}\n[1, 2]\n', "line 2 of .* is not a JSON object"),
+        ("a.jsonl", b"", r"no column 'text'; its columns are \(none\)"),
+        ("a.jsonl", b'{"text": ["a"], "label": "x"}\n', "'text' in line 1 of .* is a list, not text"),
         ("a.parquet", b"PAR1 not really", "cannot be read"),
         ("a.xlsx", b"", "is not a table: its suffix"),
     ],

@@ -1,7 +1,9 @@
 """Every source of models: what is loaded, what is refused, and that the network exports as it is."""
 
 import json
+import runpy
 import sys
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -277,3 +279,19 @@ def test_rebuilding_leaves_the_random_numbers_alone(bert):
 
     assert isinstance(network, TextNetwork)
     torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+
+
+def test_example_model_sees_a_flower():
+    """EfficientNet-Lite0 with the example's preprocessing puts scikit-learn's photo into ImageNet's class 985, daisy."""
+    import sklearn.datasets
+
+    example = Path(__file__).parents[1] / "examples" / "efficientnet_lite0.py"
+    namespace = runpy.run_path(str(example))
+    model, spec = namespace["efficientnet_lite0"]()
+    photo = Path(sklearn.datasets.__file__).parent / "images" / "flower.jpg"
+    network = ImageNetwork(model.eval(), 1, 1, spec)
+
+    with torch.inference_mode():
+        scores = network.features(torch.from_numpy(encoder(spec, Path.read_bytes)(photo.read_bytes())[None]))
+    assert scores.argmax().item() == 985
+    assert load(f"python:{example}:efficientnet_lite0").width == 1280
