@@ -282,7 +282,7 @@ def test_rebuilding_leaves_the_random_numbers_alone(bert):
 
 
 def test_example_model_sees_a_flower():
-    """EfficientNet-Lite0 with the example's preprocessing puts scikit-learn's photo into ImageNet's class 985, daisy."""
+    """EfficientNet-Lite0 with the example's preprocessing sees class 985 of ImageNet, daisy, in a flower."""
     import sklearn.datasets
 
     example = Path(__file__).parents[1] / "examples" / "efficientnet_lite0.py"
