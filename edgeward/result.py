@@ -31,8 +31,8 @@ def _plain(value: Any) -> Any:
     match value:
         case Path():
             return str(value)
-        case bytes():
-            return value.decode(errors="replace")
+        case np.ndarray() if value.dtype == object:  # bytes, which msgspec would give in base64
+            return np.vectorize(lambda item: item.decode(errors="replace"), otypes=[object])(value).tolist()
         case np.ndarray():
             return value.tolist()
         case np.generic():

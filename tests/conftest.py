@@ -1,0 +1,73 @@
+"""The real pipeline, once a session, at the size of a toy: a tiny BERT on tweets and a tiny network on digits."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
+
+
+@pytest.fixture(scope="session")
+def text_checkpoint(tmp_path_factory) -> Path:
+    """A tiny BERT, every weight trained for two epochs on 900 real tweets."""
+    from finetune.train import TrainConfig, train
+    from tests.finetune_examples import write_bert, write_tweets
+
+    folder = tmp_path_factory.mktemp("text")
+    model, data = write_bert(folder / "bert"), write_tweets(folder / "tweets.csv", 900)
+    config = TrainConfig(
+        f"transformers:{model}",
+        str(data),
+        out=folder / "checkpoint",
+        strategy="full",
+        epochs=2,
+        learning_rate=1e-3,
+        max_length=48,
+        split=(0.4, 0.1, 0.2, 0.3),
+    )
+    return train(config).out
+
+
+@pytest.fixture(scope="session")
+def image_checkpoint(tmp_path_factory) -> Path:
+    """A tiny convolutional network, every weight trained for two epochs on 700 digits, some of them JPEG."""
+    from PIL import Image
+
+    from finetune.train import TrainConfig, train
+    from tests.finetune_examples import write_digits, write_factory
+
+    folder = tmp_path_factory.mktemp("image")
+    data, factory = write_digits(folder / "digits", 700), write_factory(folder)
+    for png in sorted(data.rglob("*.png"))[::3]:
+        Image.open(png).save(png.with_suffix(".jpg"), quality=95)
+        png.unlink()
+    config = TrainConfig(
+        f"python:{factory}:tiny",
+        str(data),
+        out=folder / "checkpoint",
+        strategy="full",
+        epochs=2,
+        split=(0.4, 0.1, 0.2, 0.3),
+    )
+    return train(config).out
+
+
+@pytest.fixture(scope="session")
+def text_bundle(text_checkpoint, tmp_path_factory) -> Path:
+    """The tiny BERT in dynamic int8, called `tweets`."""
+    from export.build import ExportConfig, export_checkpoint
+
+    out = tmp_path_factory.mktemp("bundles") / "tweets"
+    config = ExportConfig(text_checkpoint, out=out, variant="int8-dynamic", max_drop=20)
+    return export_checkpoint(config).bundle
+
+
+@pytest.fixture(scope="session")
+def image_bundle(image_checkpoint, tmp_path_factory) -> Path:
+    """The tiny convolutional network in static int8, called `digits`."""
+    from export.build import ExportConfig, export_checkpoint
+
+    out = tmp_path_factory.mktemp("bundles") / "digits"
+    config = ExportConfig(image_checkpoint, out=out, variant="int8-static", max_drop=20)
+    return export_checkpoint(config).bundle

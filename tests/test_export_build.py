@@ -1,0 +1,286 @@
+"""Export: what ships is proved, what is not proved does not ship, and nothing is left half-written."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from bundle import preprocess
+from bundle.errors import BundleError, CheckpointError, DataError, GateFailed, ModelError, OutputExists
+from bundle.manifest import to_json
+from bundle.model import load_model
+from bundle.session import Session
+from bundle.store import open_bundle
+from export import graph, quantize, search, timing
+from export.build import REPORT, ExportConfig, export_checkpoint
+from export.report import Report, render
+from finetune import evaluate
+from finetune.checkpoint import load_checkpoint
+from finetune.data import load_dataset
+
+
+def clock(*ratios):
+    """A timer that gives these latency ratios, in the order in which variants are timed."""
+    remaining = list(ratios)
+
+    def timer(candidate, reference, feeds):
+        ratio = remaining.pop(0)
+        return timing.Timing(p50_ms=ratio, reference_p50_ms=1.0, ratio=ratio, ratio_upper=ratio)
+
+    return timer
+
+
+def examples(checkpoint, split):
+    """Raw examples, true labels and positions of a split."""
+    spec = checkpoint.spec.input
+    dataset = load_dataset(checkpoint.splits.data, "text" if spec.column == "text" else "image")
+    indices = checkpoint.splits.indices(dataset, split)
+    return [dataset.raw(int(i)) for i in indices], dataset.labels[indices]
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_served_answers_are_pytorchs(kind, request, tmp_path):
+    """An fp32 bundle gives the logits of the PyTorch network within the parity that its manifest records."""
+    path = request.getfixturevalue(f"{kind}_checkpoint")
+    result = export_checkpoint(ExportConfig(path, out=tmp_path / "b", variant="fp32"), timer=clock(1.0))
+    model, checkpoint = load_model(tmp_path / "b", device="cpu"), load_checkpoint(path)
+    raws, _ = examples(checkpoint, "gate")
+    rows = [checkpoint.encode(raw) for raw in raws]
+
+    difference = np.abs(
+        model.predict(raws)["logits"] - evaluate.logits(checkpoint.network, rows, checkpoint.spec.input)
+    )
+    assert difference.max() <= result.report.parity.tolerance
+    assert result.report.parity.served == model.variant.parity <= result.report.parity.tolerance
+    assert model.variant.gate is None
+    assert result.report.served == result.report.pytorch
+
+
+def test_report_is_what_is_served(text_bundle, text_checkpoint):
+    """Accuracy and F1 in the report are those of the answers that the bundle gives to the gate split."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    report = msgspec.json.decode((text_bundle / REPORT).read_bytes(), type=Report)
+    model, checkpoint = load_model(text_bundle, device="cpu"), load_checkpoint(text_checkpoint)
+    raws, truth = examples(checkpoint, "gate")
+    labels = [label.decode() for label in model.predict(raws)["label"][:, 0]]
+    expected = [checkpoint.spec.tasks[0].labels[i] for i in truth]
+
+    assert report.served.accuracy == pytest.approx(accuracy_score(expected, labels))
+    assert report.served.macro_f1 == pytest.approx(f1_score(expected, labels, average="macro"))
+    assert report.gate == model.variant.gate == report.comparison
+    assert report.examples["gate"] == len(raws) == report.gate.examples
+
+
+def test_dynamic_int8_runs_alone(text_bundle, text_checkpoint):
+    """Its scales span the batch, so it is marked, and an answer does not depend on its neighbours."""
+    model = load_model(text_bundle, device="cpu")
+    raws, _ = examples(load_checkpoint(text_checkpoint), "gate")
+    assert not model.variant.batch_invariant
+
+    together = model.predict(raws[:7])["logits"]
+    alone = [model.predict([raw])["logits"][0] for raw in raws[:7]]
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_static_int8_is_int8_and_smaller(image_bundle):
+    """Convolutions run on int8 weights between quantized activations."""
+    bundle = open_bundle(image_bundle)
+    model = onnx.load_from_string(bundle.read(bundle.manifest.variants[0].file))
+    weights = [numpy_helper.to_array(tensor).dtype for tensor in model.graph.initializer if len(tensor.dims) > 1]
+
+    assert {node.op_type for node in model.graph.node} >= {"Conv", "QuantizeLinear", "DequantizeLinear"}
+    assert weights.count(np.int8) == 3  # two convolutions and the head
+
+
+def test_goldens_show_every_label_and_both_formats(image_bundle):
+    """Tensors of PNG are held exactly, those of JPEG to a tolerance, and each label comes once before any twice."""
+    bundle = open_bundle(image_bundle)
+    predicted = {
+        max(range(10), key=golden.logits["int8-static"]["logits"].__getitem__) for golden in bundle.manifest.goldens
+    }
+
+    assert len(bundle.manifest.goldens) == 8
+    assert {golden.exact for golden in bundle.manifest.goldens} == {True, False}
+    assert all(bundle.read(g.file).startswith(b"\x89PNG") == g.exact for g in bundle.manifest.goldens)
+    assert len(predicted) > 3
+
+
+@pytest.mark.parametrize(
+    ("ratios", "shipped"),
+    [((1.0, 0.5, 0.4), "int8-static"), ((1.0, 0.4, 0.5), "int8-dynamic"), ((1.0, 0.98, 1.3), "fp32")],
+)
+def test_fastest_that_passes_ships(ratios, shipped, image_checkpoint, tmp_path):
+    """Of the variants within the budget the fastest ships, and fp32 when none is clearly faster."""
+    config = ExportConfig(image_checkpoint, out=tmp_path / "b", max_drop=30)
+    result = export_checkpoint(config, timer=clock(*ratios))
+
+    assert result.report.shipped == shipped
+    assert [v.name for v in open_bundle(tmp_path / "b").manifest.variants] == [shipped]
+    assert (result.report.gate is None) == (shipped == "fp32")
+    assert [c.outcome for c in result.report.candidates].count("shipped") == 1
+    assert "ships" in str(render(result.report).renderables[2]) or shipped != "fp32"
+
+
+def test_unproved_int8_gives_way_to_fp32(image_checkpoint, tmp_path):
+    """What the selection split lets through but the gate does not pass is replaced, and the report says so."""
+    config = ExportConfig(image_checkpoint, out=tmp_path / "b", max_drop=0.1)  # 210 examples cannot prove that
+    result = export_checkpoint(config, timer=clock(1.0, 1.1, 0.5))
+    outcomes = {one.name: one.outcome for one in result.report.candidates}
+
+    assert result.report.shipped == "fp32"
+    assert result.report.gate.verdict == "INCONCLUSIVE"
+    assert (
+        result.report.gate.examples_needed is None or result.report.gate.examples_needed > result.report.gate.examples
+    )
+    assert outcomes == {"fp32": "shipped", "int8-dynamic": "slower", "int8-static": "not passed"}
+    assert load_model(tmp_path / "b", device="cpu").variant.gate is None
+    assert "INCONCLUSIVE" in str(render(result.report).renderables[2])
+
+
+def test_variant_asked_for_by_name_must_pass(image_checkpoint, tmp_path):
+    """Otherwise nothing is written but the report that was asked for."""
+    config = ExportConfig(
+        image_checkpoint, out=tmp_path / "b", variant="int8-static", max_drop=0.01, report=tmp_path / "report.json"
+    )
+    with pytest.raises(GateFailed, match=r"INCONCLUSIVE|FAIL"):
+        export_checkpoint(config, timer=clock(1.0, 0.5))
+
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert json.loads((tmp_path / "report.json").read_bytes())["gate"]["verdict"] != "PASS"
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_one_wrong_weight_fails_parity(kind, request):
+    """A planted change of one row of weights by their own spread is caught."""
+    checkpoint = load_checkpoint(request.getfixturevalue(f"{kind}_checkpoint"))
+    spec = checkpoint.spec.input
+    rows = [checkpoint.encode(raw) for raw in examples(checkpoint, "selection")[0][:32]]
+    exported = graph.to_onnx(checkpoint.network, spec, rows)
+    graph.check_parity(exported, checkpoint.network, spec, rows)
+
+    model = onnx.load_from_string(exported)
+    tensor = max((t for t in model.graph.initializer if len(t.dims) == 2 and t.dims[0] > 3), key=lambda t: t.dims[1])
+    if kind == "image":
+        tensor = next(t for t in model.graph.initializer if len(t.dims) == 4)
+    values = numpy_helper.to_array(tensor).copy()
+    values[2] += values.std()
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    with pytest.raises(GateFailed, match="the exporter changes a logit"):
+        graph.check_parity(model.SerializeToString(), checkpoint.network, spec, rows)
+
+
+def test_graph_takes_any_batch_and_length(text_checkpoint):
+    """Batch and length are named dynamic dimensions, and both ends of their ranges run."""
+    checkpoint = load_checkpoint(text_checkpoint)
+    rows = [checkpoint.encode(b"one two three"), checkpoint.encode(b"four five")]
+    exported = graph.to_onnx(checkpoint.network, checkpoint.spec.input, rows)
+    model = onnx.load_from_string(exported)
+    names = [[axis.dim_param for axis in value.type.tensor_type.shape.dim] for value in model.graph.input]
+    assert names == [["batch", "length"], ["batch", "length"]]
+
+    session = Session(exported, device="cpu")
+    for batch, length in [(1, 2), (1, 48), (64, 48), (2, 3)]:
+        feeds = {"input_ids": np.ones((batch, length), np.int64), "attention_mask": np.ones((batch, length), np.int64)}
+        with torch.inference_mode():
+            expected = checkpoint.network(*map(torch.from_numpy, feeds.values())).numpy()
+        np.testing.assert_allclose(session.run(feeds)["logits"], expected, atol=1e-5)
+
+
+def test_calibration_uses_training_examples_only(image_checkpoint):
+    """No held-out example has a say in the ranges of static int8."""
+    checkpoint = load_checkpoint(image_checkpoint)
+    dataset = load_dataset(checkpoint.splits.data, "image")
+    rows = search.calibration_rows(checkpoint, dataset, 50)
+
+    assert len(rows) == 50
+    assert {checkpoint.splits.assignment[dataset.hashes[i]] for i in rows.indices} == {"train"}
+
+
+def test_quantizer_errors_are_ours():
+    """A graph that cannot be quantized is one clear error."""
+    with pytest.raises(ModelError, match="cannot be quantized"):
+        quantize.int8_dynamic(b"not a graph")
+
+
+def test_out_is_never_replaced(image_checkpoint, tmp_path):
+    """An existing directory is refused before anything is computed, and left as it is."""
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine").write_text("mine")
+    with pytest.raises(OutputExists, match="left as it is"):
+        export_checkpoint(ExportConfig(image_checkpoint, out=tmp_path / "b"))
+    assert (tmp_path / "b" / "mine").read_text() == "mine"
+
+
+def test_other_data_is_refused(text_checkpoint, tmp_path):
+    """A gate on examples that the model may have been trained on proves nothing."""
+    from tests.finetune_examples import write_tweets
+
+    other = write_tweets(tmp_path / "tweets.csv", 300)
+    with pytest.raises(DataError, match="is not the data that was split"):
+        export_checkpoint(ExportConfig(text_checkpoint, out=tmp_path / "b", data=str(other)))
+    assert not (tmp_path / "b").exists()
+
+
+def test_moved_data_is_found_where_told(text_checkpoint, tmp_path):
+    """The same examples in another place and another order are the same data."""
+    source = load_checkpoint(text_checkpoint).splits.data
+    header, *lines = Path(source).read_bytes().decode().split("\r\n")
+    (tmp_path / "moved.csv").write_text("\r\n".join([header, *sorted(lines)[1:]]), encoding="utf-8", newline="")
+    config = ExportConfig(text_checkpoint, out=tmp_path / "b", data=str(tmp_path / "moved.csv"), variant="fp32")
+
+    assert export_checkpoint(config, timer=clock(1.0)).report.provenance.data == str(tmp_path / "moved.csv")
+
+
+@pytest.mark.parametrize(("name", "version"), [("bad name", 1), ("../up", 1), ("good", 0)])
+def test_impossible_names_are_refused_first(name, version, tmp_path):
+    """A name that no server could answer to is refused before the checkpoint is read."""
+    with pytest.raises(BundleError):
+        export_checkpoint(ExportConfig(tmp_path / "none", out=tmp_path / "b", name=name, version=version))
+
+
+def test_missing_checkpoint_is_one_line(tmp_path):
+    """There is nothing to export."""
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        export_checkpoint(ExportConfig(tmp_path / "none", out=tmp_path / "b"))
+
+
+def test_timer_interleaves_and_compares():
+    """A session that does more work is slower than itself with less, by the clock of this machine."""
+    feeds = [{"x": np.random.default_rng(0).random((300, 300), np.float32)}]
+    node = [onnx.helper.make_node("MatMul", ["x", "x"], ["y0"])]
+    node += [onnx.helper.make_node("MatMul", [f"y{i}", "x"], [f"y{i + 1}"]) for i in range(15)]
+
+    def session(count):
+        value = [onnx.helper.make_tensor_value_info(n, 1, [300, 300]) for n in ("x", f"y{count - 1}")]
+        model = onnx.helper.make_model(
+            onnx.helper.make_graph(node[:count], "g", value[:1], value[1:]),
+            opset_imports=[onnx.helper.make_opsetid("", 20)],
+            ir_version=9,
+        )
+        return Session(model.SerializeToString(), device="cpu", threads=1)
+
+    measured = timing.interleaved(session(16), session(2), feeds)
+    assert measured.ratio > 1.5
+    assert measured.ratio <= measured.ratio_upper
+
+
+def test_report_round_trips(text_bundle):
+    """The report in the bundle is the record, and writing it again gives the same bytes."""
+    data = (text_bundle / REPORT).read_bytes()
+    assert to_json(msgspec.json.decode(data, type=Report)) == data
+
+
+def test_invariance_is_measured_on_real_batches(image_checkpoint, text_bundle):
+    """A graph whose answers follow their neighbours is found out."""
+    checkpoint = load_checkpoint(image_checkpoint)
+    rows = [checkpoint.encode(raw) for raw in examples(checkpoint, "selection")[0][:16]]
+    dynamic = quantize.int8_dynamic(graph.to_onnx(checkpoint.network, checkpoint.spec.input, rows))
+
+    assert not graph.is_batch_invariant(Session(dynamic, device="cpu"), checkpoint.spec.input, rows)
+    assert preprocess.graph_inputs(checkpoint.spec.input)[0].datatype == "UINT8"
