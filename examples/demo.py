@@ -52,7 +52,7 @@ def prepare(task: str, out: Path, rows: int) -> tuple[list[str | Path], list[str
     return [f"python:{HERE / 'efficientnet_lite0.py'}:efficientnet_lite0", out / "digits", *split], [png, jpeg]
 
 
-def serve_and_ask(bundle: Path, inputs: list[str | Path]) -> str:
+def serve_and_ask(bundle: Path, name: str, inputs: list[str | Path]) -> str:
     """Start the server as its own process, ask it from another one, stop it."""
     port = "8011"
     print("$", EDGEWARD, "serve", bundle, "--port", port, "&", flush=True)
@@ -65,7 +65,7 @@ def serve_and_ask(bundle: Path, inputs: list[str | Path]) -> str:
                 if server.poll() is not None:
                     raise SystemExit("the server did not start")
                 time.sleep(0.1)
-        return run(EDGEWARD, "infer", f"127.0.0.1:{port}", bundle.name, *inputs)
+        return run(EDGEWARD, "infer", f"127.0.0.1:{port}", name, *inputs)
     finally:
         server.terminate()
         server.wait(60)
@@ -87,11 +87,12 @@ def main() -> None:
     started = time.monotonic()
     run(EDGEWARD, "finetune", *arguments, "--out", out / "checkpoint")
     trained = time.monotonic()
-    run(EDGEWARD, "export", out / "checkpoint", "--out", out / f"{options.task}-bundle", "--name", options.task)
+    bundle = out / "bundle"
+    run(EDGEWARD, "export", out / "checkpoint", "--out", bundle, "--name", options.task)
     exported = time.monotonic()
     run(sys.executable, HERE / "yardstick.py", out / "checkpoint")
-    answer = serve_and_ask(out / f"{options.task}-bundle", inputs)
-    report = json.loads((out / f"{options.task}-bundle" / "report.json").read_bytes())
+    answer = serve_and_ask(bundle, options.task, inputs)
+    report = json.loads((bundle / "report.json").read_bytes())
     summarise(report, answer, trained - started, exported - trained)
 
 

@@ -52,7 +52,7 @@ def fit_head(
     classes: int,
     l2_grid: Sequence[float] = L2_GRID,
 ) -> Head:
-    """Fit a head for every L2 penalty and take the one that is most accurate on validation; of equals, least loss.
+    """Fit a head for every L2 penalty and take the one with the least loss on validation.
 
     What is minimised is mean cross-entropy + l2 / 2 · |W|², with W on standardised features and the bias free. In
     scikit-learn's terms C = 1 / (l2 · N). The standardisation is folded into the result.
@@ -84,7 +84,7 @@ def fit_head(
             measured = score(held_out @ weight.numpy().T + bias.numpy(), validation_labels)
             fits.append((Trial(l2, **measured), weight.numpy(), bias.numpy()))
             log.info("head fitted", l2=l2, **measured)
-    best, w, b = max(fits, key=lambda fit: (fit[0].accuracy, -fit[0].loss))
+    best, w, b = min(fits, key=lambda fit: fit[0].loss)
     w = w / std
     return Head(w.astype(np.float32), (b - w @ mean).astype(np.float32), best.l2, tuple(trial for trial, _, _ in fits))
 

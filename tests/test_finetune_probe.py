@@ -100,11 +100,11 @@ def test_two_labels_are_no_special_case():
 
 
 def test_penalty_is_chosen_by_validation(digits):
-    """Every penalty is tried, and the chosen one is the most accurate; of equals, the one of least loss."""
+    """Every penalty is tried, and the chosen one has the least loss, which is less a matter of luck than accuracy."""
     head = fit_head(*digits, 10)
 
     assert [trial.l2 for trial in head.trials] == sorted(L2_GRID, reverse=True)
-    best = max(head.trials, key=lambda trial: (trial.accuracy, -trial.loss))
+    best = min(head.trials, key=lambda trial: trial.loss)
     assert head.l2 == best.l2
     logits = digits[2] @ head.weight.T + head.bias
     assert evaluate.score(logits, digits[3]) == pytest.approx(
