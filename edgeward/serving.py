@@ -13,6 +13,8 @@ from serve.client import Client
 from serve.server import ServeConfig
 from serve.server import serve as run_server
 
+MOST_VALUES = 4  # of one output that the table shows; --json gives all
+
 
 def serve(config: Annotated[ServeConfig, Parameter(name="*")]) -> None:
     """Answer gRPC calls until SIGTERM or Ctrl-C, then drain.
@@ -55,4 +57,6 @@ def _raw(value: str) -> bytes:
 
 
 def _cell(values: np.ndarray) -> str:
+    if len(values) > MOST_VALUES:
+        return f"{values.max():.4g} (highest of {len(values)})"
     return " ".join(v.decode(errors="replace") if isinstance(v, bytes) else f"{v:.4g}" for v in values.tolist())

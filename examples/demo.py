@@ -53,7 +53,7 @@ def prepare(task: str, out: Path, rows: int) -> tuple[list[str | Path], list[str
 
 
 def serve_and_ask(bundle: Path, name: str, inputs: list[str | Path]) -> str:
-    """Start the server as its own process, ask it from another one, stop it."""
+    """Start the server as its own process, ask it from another one, stop it; the answer as JSON."""
     port = "8011"
     print("$", EDGEWARD, "serve", bundle, "--port", port, "&", flush=True)
     server = subprocess.Popen([EDGEWARD, "serve", str(bundle), "--port", port])
@@ -65,7 +65,8 @@ def serve_and_ask(bundle: Path, name: str, inputs: list[str | Path]) -> str:
                 if server.poll() is not None:
                     raise SystemExit("the server did not start")
                 time.sleep(0.1)
-        return run(EDGEWARD, "infer", f"127.0.0.1:{port}", name, *inputs)
+        run(EDGEWARD, "infer", f"127.0.0.1:{port}", name, *inputs)
+        return run(EDGEWARD, "infer", f"127.0.0.1:{port}", name, *inputs, "--json")
     finally:
         server.terminate()
         server.wait(60)
@@ -109,7 +110,7 @@ def summarise(report: dict, answer: str, train_s: float, export_s: float) -> Non
     print(
         f"latency   fp32 {latency['fp32_p50_ms']:.2f} ms, shipped {latency['p50_ms']:.2f} ms (× {latency['ratio']:.2f})"
     )
-    print(f"answer    {answer.strip().splitlines()[3].strip()}")
+    print(f"answer    {', '.join(row[0] for row in json.loads(answer)['label'])}")
 
 
 if __name__ == "__main__":

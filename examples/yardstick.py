@@ -1,7 +1,7 @@
 """Hold a probe to scikit-learn: python examples/yardstick.py CHECKPOINT
 
-StandardScaler and LogisticRegression on the same frozen features and splits, its penalty chosen by its score on the
-same validation split; both are scored on the gate split. Exits with 1 when ours is below it, or below the majority class.
+StandardScaler and LogisticRegression on the same frozen features and splits, the penalty chosen by its score on the
+same validation split; both are scored on the gate split. Exits with 1 when ours is below it, or below the majority.
 """
 
 import sys

@@ -103,12 +103,14 @@ def _name(config: ExportConfig) -> str:
 
 def _dataset(checkpoint: Checkpoint, location: str | None) -> Dataset:
     splits = checkpoint.splits
+    max_bad = checkpoint.spec.provenance.config.get("max_bad")  # what was left out then is left out now
     modality: Modality = "text" if isinstance(checkpoint.spec.input, TextInput) else "image"
     return load_dataset(
         location or splits.data,
         modality,
         input_column=splits.input_column,
         label_column=splits.label_column or "label",
+        max_bad=max_bad if isinstance(max_bad, int) else 0,
     )
 
 

@@ -56,12 +56,25 @@ def int8_static(graph: bytes, spec: Input, rows: Sequence[np.ndarray]) -> bytes:
             _Calibration(spec, rows),
             quant_format=ort_quantization.QuantFormat.QDQ,
             op_types_to_quantize=list(DENSE if isinstance(spec, TextInput) else CONVOLUTIONAL),
+            nodes_to_exclude=_scalings(onnx.load(folder / "folded.onnx")),
             activation_type=ort_quantization.QuantType.QUInt8,
             weight_type=ort_quantization.QuantType.QInt8,
             per_channel=True,
             calibrate_method=ort_quantization.CalibrationMethod.MinMax,
         )
         return (folder / "int8.onnx").read_bytes()
+
+
+def _scalings(model: onnx.ModelProto) -> list[str]:
+    """Additions and multiplications by constants, such as the scaling of the pixels.
+
+    int8 would round here what the next convolution rounds anyway, by kernels that broadcast slowly: in
+    EfficientNet-Lite0 they took 4 of 12 ms.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return [
+        node.name for node in model.graph.node if node.op_type in ("Add", "Mul") and constants.intersection(node.input)
+    ]
 
 
 class _Calibration(ort_quantization.CalibrationDataReader):  # type: ignore[misc]
