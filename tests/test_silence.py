@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from finetune.checkpoint import load_checkpoint
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -121,7 +123,8 @@ from serve.client import Client
 from serve.server import ServeConfig, start
 server = start(ServeConfig((Path(sys.argv[1]),), port=0, device="cpu"))
 with Client(f"127.0.0.1:{server.port}") as client:
-    assert client.ready()
+    raws = [golden.read_bytes() for golden in sorted(Path(sys.argv[1]).glob("goldens/?.???"))]
+    assert len(next(iter(client.predict("mood", raws).values()))) == len(raws) > 0
 server.stop(0)
 """
 REACH_OUT = """
@@ -207,6 +210,21 @@ def test_nothing_is_written_at_home_and_nobody_is_called(run_guarded, arguments)
     """With CI unset and a fresh home, no file appears and no connection, name lookup or listener off loopback."""
     _, written, attempts = run_guarded(*arguments)
 
+    assert written == []
+    assert attempts == []
+
+
+def test_training_and_export_are_silent(run_guarded, text_checkpoint, tmp_path):
+    """A model is fine-tuned, compiled, quantized and gated without a word to anyone or a file at home."""
+    config = load_checkpoint(text_checkpoint).spec.provenance.config
+    train = ["finetune", config["model"], config["data"], "--out", tmp_path / "checkpoint", "--no-cache"]
+    train += ["--max-length", "48"]
+    export = ["export", text_checkpoint, "--out", tmp_path / "bundle", "--variant", "int8-dynamic", "--max-drop", "20"]
+    program = "import sys; from edgeward.__main__ import run; i = sys.argv.index('export'); "
+    program += "assert run(sys.argv[1:i]) == 0 == run(sys.argv[i:])"
+    _, written, attempts = run_guarded("-c", program, *train, *export)
+
+    assert (tmp_path / "bundle" / "manifest.sha256").is_file()
     assert written == []
     assert attempts == []
 
