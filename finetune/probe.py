@@ -58,7 +58,7 @@ def fit_head(
     scikit-learn's terms C = 1 / (l2 · N). The standardisation is folded into the result.
 
     Args:
-        features: float (N, D).
+        features: float (N, D), of one scale, as those of a network's layer are.
         labels: int64 (N,), in [0, classes).
         validation_features: float (M, D).
         validation_labels: int64 (M,).

@@ -87,7 +87,7 @@ def test_chosen_penalty_is_no_worse_than_scikit_learns_default(digits):
 def test_two_labels_are_no_special_case():
     """A binary problem is fitted as well as scikit-learn fits it."""
     data = load_breast_cancer()
-    x, y = data.data.astype(np.float32), data.target
+    x, y = StandardScaler().fit_transform(data.data).astype(np.float32), data.target  # of one scale, as features are
     head = fit_head(x[:400], y[:400], x[400:], y[400:], 2)
     scaler = StandardScaler().fit(x[:400])
     theirs = (

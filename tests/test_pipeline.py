@@ -152,7 +152,12 @@ def test_interrupted_training_leaves_nothing(tmp_path):
         "--epochs",
         "500",
     ]
-    process = subprocess.Popen([EDGEWARD, *map(str, command)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [EDGEWARD, *map(str, command)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits SIG_IGN
+    )
     for line in process.stderr:
         if "epoch done" in line:
             process.send_signal(signal.SIGINT)
