@@ -9,7 +9,7 @@ import structlog
 
 from bundle import outputs, preprocess, text
 from bundle.errors import BadInput, BundleDamaged, BundleUnsupported, DeviceUnavailable, SelfTestFailed
-from bundle.host import isa_class
+from bundle.host import cpu_count, isa_class
 from bundle.manifest import Golden, ImageInput, Input, Manifest, TextInput, Variant
 from bundle.session import Device, Session
 from bundle.store import Bundle, open_bundle
@@ -111,7 +111,8 @@ def _start(bundle: Bundle, device: Device, threads: int | None) -> tuple[Variant
                 raise
             log.info("device chosen", device="cpu", because=str(error))
     if cpu and device != "cuda":
-        return cpu, Session(bundle.read(cpu.file), device="cpu", threads=threads)
+        fastest = min(cpu.latency.threads, cpu_count())  # as export measured it
+        return cpu, Session(bundle.read(cpu.file), device="cpu", threads=threads or fastest)
     built = ", ".join(f"{variant.name} for {variant.device}" for variant in bundle.manifest.variants)
     raise BundleUnsupported(f"{bundle.path} has no variant for device {device}, only {built}.")
 

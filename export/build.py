@@ -44,7 +44,7 @@ class ExportConfig:
     calibration: int = 200
     """Training examples that set the ranges of static int8."""
     threads: int | None = None
-    """Of one run; by default all the cores that this process may use."""
+    """The most that one run may have; by default all the cores that this process may use."""
     report: Path | None = None
     """Write the report here too, even when no bundle is written."""
 

@@ -202,10 +202,11 @@ def test_bad_example_is_named_by_its_position(moods, bad):
         moods.predict([b"good", b"bad", bad, b"film"])
 
 
-def test_threads_are_the_cores_by_default():
-    """A model runs on the cores that the process may use, unless told otherwise."""
-    assert load_model(TEXT, device="cpu").session.threads == cpu_count()
-    assert load_model(TEXT, device="cpu", threads=1).session.threads == 1
+def test_threads_are_those_of_the_manifest_by_default():
+    """A model runs on as many threads as were fastest when it was exported, unless told otherwise."""
+    assert open_bundle(TEXT).manifest.variants[0].latency.threads == 1
+    assert load_model(TEXT, device="cpu").session.threads == 1
+    assert load_model(TEXT, device="cpu", threads=2).session.threads == 2
 
 
 def test_graph_that_looks_at_its_neighbours_does():

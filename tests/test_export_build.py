@@ -25,7 +25,7 @@ from finetune.data import load_dataset
 
 
 def clock(*ratios):
-    """A timer that gives these latency ratios, in the order in which variants are timed."""
+    """A timer that gives these latency ratios, in the order in which variants are timed; for threads=1, once each."""
     remaining = list(ratios)
 
     def timer(candidate, reference, feeds):
@@ -47,7 +47,7 @@ def examples(checkpoint, split):
 def test_served_answers_are_pytorchs(kind, request, tmp_path):
     """An fp32 bundle gives the logits of the PyTorch network within the parity that its manifest records."""
     path = request.getfixturevalue(f"{kind}_checkpoint")
-    result = export_checkpoint(ExportConfig(path, out=tmp_path / "b", variant="fp32"), timer=clock(1.0))
+    result = export_checkpoint(ExportConfig(path, out=tmp_path / "b", variant="fp32", threads=1), timer=clock(1.0))
     model, checkpoint = load_model(tmp_path / "b", device="cpu"), load_checkpoint(path)
     raws, _ = examples(checkpoint, "gate")
     rows = [checkpoint.encode(raw) for raw in raws]
@@ -117,7 +117,7 @@ def test_goldens_show_every_label_and_both_formats(image_bundle):
 )
 def test_fastest_that_passes_ships(ratios, shipped, image_checkpoint, tmp_path):
     """Of the variants within the budget the fastest ships, and fp32 when none is clearly faster."""
-    config = ExportConfig(image_checkpoint, out=tmp_path / "b", max_drop=30)
+    config = ExportConfig(image_checkpoint, out=tmp_path / "b", max_drop=30, threads=1)
     result = export_checkpoint(config, timer=clock(*ratios))
 
     assert result.report.shipped == shipped
@@ -129,7 +129,9 @@ def test_fastest_that_passes_ships(ratios, shipped, image_checkpoint, tmp_path):
 
 def test_unproved_int8_gives_way_to_fp32(image_checkpoint, tmp_path):
     """What the selection split lets through but the gate does not pass is replaced, and the report says so."""
-    config = ExportConfig(image_checkpoint, out=tmp_path / "b", max_drop=0.1)  # 210 examples cannot prove that
+    config = ExportConfig(
+        image_checkpoint, out=tmp_path / "b", max_drop=0.1, threads=1
+    )  # 210 examples cannot prove that
     result = export_checkpoint(config, timer=clock(1.0, 1.1, 0.5))
     outcomes = {one.name: one.outcome for one in result.report.candidates}
 
@@ -146,7 +148,12 @@ def test_unproved_int8_gives_way_to_fp32(image_checkpoint, tmp_path):
 def test_variant_asked_for_by_name_must_pass(image_checkpoint, tmp_path):
     """Otherwise nothing is written but the report that was asked for."""
     config = ExportConfig(
-        image_checkpoint, out=tmp_path / "b", variant="int8-static", max_drop=0.01, report=tmp_path / "report.json"
+        image_checkpoint,
+        out=tmp_path / "b",
+        variant="int8-static",
+        max_drop=0.01,
+        report=tmp_path / "report.json",
+        threads=1,
     )
     with pytest.raises(GateFailed, match=r"INCONCLUSIVE|FAIL"):
         export_checkpoint(config, timer=clock(1.0, 0.5))
@@ -213,7 +220,7 @@ def test_out_is_never_replaced(image_checkpoint, tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine").write_text("mine")
     with pytest.raises(OutputExists, match="left as it is"):
-        export_checkpoint(ExportConfig(image_checkpoint, out=tmp_path / "b"))
+        export_checkpoint(ExportConfig(image_checkpoint, out=tmp_path / "b", threads=1))
     assert (tmp_path / "b" / "mine").read_text() == "mine"
 
 
@@ -223,7 +230,7 @@ def test_other_data_is_refused(text_checkpoint, tmp_path):
 
     other = write_tweets(tmp_path / "tweets.csv", 300)
     with pytest.raises(DataError, match="is not the data that was split"):
-        export_checkpoint(ExportConfig(text_checkpoint, out=tmp_path / "b", data=str(other)))
+        export_checkpoint(ExportConfig(text_checkpoint, out=tmp_path / "b", data=str(other), threads=1))
     assert not (tmp_path / "b").exists()
 
 
@@ -232,7 +239,9 @@ def test_moved_data_is_found_where_told(text_checkpoint, tmp_path):
     source = load_checkpoint(text_checkpoint).splits.data
     header, *lines = Path(source).read_bytes().decode().split("\r\n")
     (tmp_path / "moved.csv").write_text("\r\n".join([header, *sorted(lines)[1:]]), encoding="utf-8", newline="")
-    config = ExportConfig(text_checkpoint, out=tmp_path / "b", data=str(tmp_path / "moved.csv"), variant="fp32")
+    config = ExportConfig(
+        text_checkpoint, out=tmp_path / "b", data=str(tmp_path / "moved.csv"), variant="fp32", threads=1
+    )
 
     assert export_checkpoint(config, timer=clock(1.0)).report.provenance.data == str(tmp_path / "moved.csv")
 
@@ -241,13 +250,24 @@ def test_moved_data_is_found_where_told(text_checkpoint, tmp_path):
 def test_impossible_names_are_refused_first(name, version, tmp_path):
     """A name that no server could answer to is refused before the checkpoint is read."""
     with pytest.raises(BundleError):
-        export_checkpoint(ExportConfig(tmp_path / "none", out=tmp_path / "b", name=name, version=version))
+        export_checkpoint(ExportConfig(tmp_path / "none", out=tmp_path / "b", name=name, version=version, threads=1))
 
 
 def test_missing_checkpoint_is_one_line(tmp_path):
     """There is nothing to export."""
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
-        export_checkpoint(ExportConfig(tmp_path / "none", out=tmp_path / "b"))
+        export_checkpoint(ExportConfig(tmp_path / "none", out=tmp_path / "b", threads=1))
+
+
+def test_threads_are_measured_and_served(text_checkpoint, tmp_path):
+    """A variant that is faster on one thread than on two says so in its manifest, and starts with one."""
+    config = ExportConfig(text_checkpoint, out=tmp_path / "b", variant="int8-dynamic", max_drop=20, threads=2)
+    export_checkpoint(config, timer=clock(1.0, 1.3, 0.9, 0.7))
+    model = load_model(tmp_path / "b", device="cpu")
+
+    assert (model.variant.latency.threads, model.variant.latency.ratio) == (1, 0.7)
+    assert model.session.threads == 1
+    assert load_model(tmp_path / "b", device="cpu", threads=2).session.threads == 2
 
 
 def test_timer_interleaves_and_compares():
