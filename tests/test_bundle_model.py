@@ -15,7 +15,7 @@ from PIL import Image
 
 from bundle import manifest, preprocess, store
 from bundle.errors import BadInput, BundleDamaged, BundleUnsupported, DeviceUnavailable, ModelError, SelfTestFailed
-from bundle.host import cpu_count, isa_class
+from bundle.host import isa_class
 from bundle.model import load_model, predict_logits
 from bundle.outputs import answer_specs, answers, sigmoid, softmax
 from bundle.session import Session
