@@ -27,7 +27,7 @@ class TextEncoder:
         """One UTF-8 text as int64 ids (length,), special tokens included, at most spec.max_length of them.
 
         Raises:
-            BadInput: the bytes are not UTF-8, or more than spec.max_bytes.
+            BadInput: the bytes are not UTF-8, more than spec.max_bytes, or hold nothing that the tokenizer knows of.
         """
         if len(raw) > self.spec.max_bytes:
             raise BadInput(f"text has {len(raw)} bytes; the limit is {self.spec.max_bytes}.")
@@ -35,7 +35,10 @@ class TextEncoder:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise BadInput(f"text is not UTF-8: {error.reason} at byte {error.start} of {len(raw)}.") from error
-        return np.array(self._tokenizer.encode(text).ids, dtype=np.int64)
+        ids = np.array(self._tokenizer.encode(text).ids, dtype=np.int64)
+        if not len(ids):  # only a tokenizer that adds no special tokens comes here
+            raise BadInput("text has no tokens.")
+        return ids
 
 
 def collate(rows: Sequence[np.ndarray], spec: TextInput, length: int | None = None) -> dict[str, np.ndarray]:

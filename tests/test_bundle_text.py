@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bundle.errors import BadInput, BundleDamaged
 from bundle.manifest import TextInput
@@ -152,3 +153,14 @@ def test_impossible_lengths_are_refused(change):
     """Buckets ascend strictly to max_length, and padding is a token."""
     with pytest.raises(ValueError, match="must"):
         TextInput(**{"column": "text", "max_length": 8, "pad_id": 0, "buckets": (4, 8), **change})
+
+
+def test_text_without_tokens_is_refused():
+    """A tokenizer that adds no special tokens may find nothing in a text, and no graph runs on nothing."""
+    bare = Tokenizer(models.WordLevel({"[PAD]": 0, "word": 1}, unk_token="[PAD]"))
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    encoder = TextEncoder(bare.to_str().encode(), SPEC)
+
+    assert encoder.encode(b"word word").tolist() == [1, 1]
+    with pytest.raises(BadInput, match="no tokens"):
+        encoder.encode(b"  ")
