@@ -36,6 +36,7 @@ def run(arguments: Sequence[str]) -> int:
         ],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors reach us as exceptions, and the user as one line
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     try:
         app(arguments, exit_on_error=False, error_console=errors, result_action="return_value")
