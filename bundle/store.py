@@ -98,11 +98,12 @@ def seal(directory: Path, manifest: Manifest) -> None:
         )
     _verify_files(directory, _parse(directory, data))
     (directory / MANIFEST).write_bytes(data)
-    (directory / DIGEST).write_bytes(_digest_line(data))
+    (directory / DIGEST).write_bytes(digest_line(MANIFEST, data))
 
 
-def _digest_line(manifest: bytes) -> bytes:
-    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()  # `sha256sum -c` reads it
+def digest_line(name: str, data: bytes) -> bytes:
+    """The line that `sha256sum -c` reads to check that file `name` holds `data`."""
+    return f"{hashlib.sha256(data).hexdigest()}  {name}\n".encode()
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _read_manifest(path: Path) -> Manifest:
     if (path / MANIFEST).is_file() and (path / MANIFEST).stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleUnsupported(f"{path / MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes.")
     data = _read(path, MANIFEST, MAX_MANIFEST_BYTES)
-    expected = _digest_line(data)
+    expected = digest_line(MANIFEST, data)
     if _read(path, DIGEST, len(expected)) != expected:
         raise BundleDamaged(f"{path / MANIFEST} does not have the sha256 that {DIGEST} gives.")
     return _parse(path, data)

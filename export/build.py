@@ -1,9 +1,7 @@
 """Checkpoint -> bundle: the stage as one function, from ExportConfig to ExportResult."""
 
-import platform
 from dataclasses import KW_ONLY, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +9,7 @@ import numpy as np
 
 from bundle import store
 from bundle.errors import BundleError, GateFailed, OutputExists
-from bundle.host import cpu_name, isa_class
+from bundle.host import cpu_name, installed_versions, isa_class
 from bundle.manifest import FORMAT_VERSION, GateRecord, Manifest, Provenance, TextInput, Variant, to_json
 from bundle.text import TOKENIZER
 from export import gate, goldens, report, timing
@@ -20,6 +18,10 @@ from finetune.checkpoint import Checkpoint, load_checkpoint
 from finetune.data import Dataset, Modality, load_dataset
 
 REPORT = "report.json"
+PACKAGES = (
+    *("edgeward", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "pillow", "tokenizers"),
+    *("torch", "torchvision", "transformers"),
+)
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,6 @@ def _candidate(one: Candidate, findings: Findings) -> report.Candidate:
 def _provenance(config: ExportConfig, checkpoint: Checkpoint, dataset: Dataset) -> Provenance:
     command = ["edgeward", "export", str(config.checkpoint), "--out", str(config.out)]
     command += ["--max-drop", f"{config.max_drop:g}", "--variant", config.variant]
-    packages = ("edgeward", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "pillow", "tokenizers")
     return Provenance(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=tuple(command),
@@ -184,18 +185,8 @@ def _provenance(config: ExportConfig, checkpoint: Checkpoint, dataset: Dataset) 
         data_sha256=dataset.sha256,
         checkpoint_sha256=checkpoint.sha256,
         cpu=cpu_name(),
-        versions={"python": platform.python_version(), **_versions((*packages, "torch", "transformers"))},
+        versions=installed_versions(*PACKAGES),
     )
-
-
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except ModuleNotFoundError:  # importlib.metadata.PackageNotFoundError is one
-            continue
-    return found
 
 
 def _write_bundle(

@@ -1,10 +1,8 @@
 """The checkpoint on disk. docs/checkpoint-format.md is the normative page."""
 
 import hashlib
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Final, Literal
 
@@ -14,6 +12,7 @@ from safetensors.torch import load, save_file
 
 from bundle import preprocess, store
 from bundle.errors import BundleDamaged, CheckpointError, ModelError
+from bundle.host import installed_versions
 from bundle.manifest import FileEntry, Input, Record, Task, to_json
 from bundle.outputs import width
 from bundle.preprocess import Encode
@@ -114,11 +113,7 @@ def write_checkpoint(
             (directory / name).write_bytes(data)
         data = to_json(msgspec.structs.replace(spec, files=store.list_files(directory)))
         (directory / SPEC).write_bytes(data)
-        (directory / DIGEST).write_bytes(_digest_line(data))
-
-
-def _digest_line(spec: bytes) -> bytes:
-    return f"{hashlib.sha256(spec).hexdigest()}  {SPEC}\n".encode()  # `sha256sum -c` reads it
+        (directory / DIGEST).write_bytes(store.digest_line(SPEC, data))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -149,7 +144,7 @@ def _read_spec(path: Path) -> tuple[CheckpointSpec, str]:
     if (path / SPEC).stat().st_size > MAX_SPEC_BYTES:
         raise CheckpointError(f"{path / SPEC} is larger than {MAX_SPEC_BYTES} bytes.")
     data = (path / SPEC).read_bytes()
-    if not (path / DIGEST).is_file() or (path / DIGEST).read_bytes() != _digest_line(data):
+    if not (path / DIGEST).is_file() or (path / DIGEST).read_bytes() != store.digest_line(SPEC, data):
         raise CheckpointError(f"{path / SPEC} does not have the sha256 that {DIGEST} gives.")
     try:
         header = msgspec.json.decode(data)
@@ -178,12 +173,6 @@ def _read(path: Path, spec: CheckpointSpec, name: str) -> bytes:
     return data
 
 
-def installed_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a checkpoint's numbers depend on."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue  # transformers is not needed for images, nor torchvision for texts
-    return versions
+def library_versions() -> dict[str, str]:
+    """Versions of what a checkpoint's numbers depend on, as far as it is installed."""
+    return installed_versions(*_PACKAGES)

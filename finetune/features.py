@@ -10,7 +10,7 @@ from bundle.manifest import TextInput, to_json
 from bundle.preprocess import encoder
 from finetune import evaluate
 from finetune.cache import cached
-from finetune.checkpoint import installed_versions
+from finetune.checkpoint import library_versions
 from finetune.data import Dataset
 from finetune.loader import EncodedRows
 from finetune.model import Network
@@ -61,7 +61,7 @@ def _key(pretrained: Pretrained, network: Network, hashes: list[str], device: to
         digest.update(to_json(part))
     for name, data in sorted(pretrained.files.items()):
         digest.update(f"{name} {hashlib.sha256(data).hexdigest()}\n".encode())
-    digest.update(f"{installed_versions()} {device.type}\n{network.backbone}\n".encode())
+    digest.update(f"{library_versions()} {device.type}\n{network.backbone}\n".encode())
     for name, tensor in network.backbone.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -22,7 +22,7 @@ from finetune.checkpoint import (
     FORMAT_VERSION,
     CheckpointSpec,
     Provenance,
-    installed_versions,
+    library_versions,
     write_checkpoint,
 )
 from finetune.config import TrainConfig, TrainResult
@@ -185,7 +185,7 @@ def _spec(job: _Job, history: History, metrics: Metrics) -> CheckpointSpec:
         data=dataset.location,
         data_sha256=dataset.sha256,
         device=job.device.type,
-        versions=installed_versions(),
+        versions=library_versions(),
         examples={split: len(job.splits.indices(dataset, split)) for split in SPLIT_NAMES},
         metrics=metrics,
         history=history,
