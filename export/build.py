@@ -139,7 +139,7 @@ def _report(
         confidence=0.95,
         certifiable=gate.best_certifiable(len(held_out.truth)),
         examples={
-            "calibration": config.calibration,
+            "calibration": min(config.calibration, len(checkpoint.splits.indices(dataset, "train"))),
             "selection": len(findings.selection.truth),
             "gate": len(held_out.truth),
         },

@@ -39,7 +39,7 @@ def int8_dynamic(graph: bytes) -> bytes:
 def int8_static(graph: bytes, spec: Input, rows: Sequence[np.ndarray]) -> bytes:
     """Weights in int8 per channel, activations in uint8 with ranges seen on calibration examples (QDQ).
 
-    Unsigned activations, because signed ones miss the fast kernels of x86-64 (measured: 2 to 3 times slower).
+    Unsigned activations, because signed ones miss the fast kernels of x86-64.
     Around a text encoder's softmax, layer norms and additions everything stays fp32.
 
     Args:
