@@ -128,10 +128,10 @@ def test_damaged_bundle_is_not_served(text_bundle, tmp_path):
         assert "sha256 differs" in log
 
 
-def test_gate_failure_exits_with_3(text_checkpoint, tmp_path):
+def test_gate_failure_exits_with_3(unproved_checkpoint, tmp_path):
     """A variant asked for by name that cannot be proved: exit 3, and no bundle."""
     arguments = ["--variant", "int8-static", "--max-drop", "0.01", "--report", tmp_path / "report.json"]
-    _, log = edgeward("export", text_checkpoint, "--out", tmp_path / "b", *arguments, check=3)
+    _, log = edgeward("export", unproved_checkpoint, "--out", tmp_path / "b", *arguments, check=3)
 
     assert "No bundle was written" in log
     assert not (tmp_path / "b").exists()
