@@ -20,9 +20,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class TextInput(Record, frozen=True, kw_only=True, tag="text", tag_field="type"):
-    """One UTF-8 text per example, tokenised by the `tokenizer.json` that lies beside the manifest."""
+    """One UTF-8 text per example, or two, tokenised by the `tokenizer.json` that lies beside the manifest."""
 
     column: str
+    pair: str | None = None  # column of a second text, tokenised together with the first
     max_length: int  # tokens, special ones included; longer texts are cut at the end
     pad_id: int
     buckets: tuple[int, ...]  # padded lengths, ascending; the last is max_length
@@ -64,7 +65,42 @@ class ImageInput(Record, frozen=True, kw_only=True, tag="image", tag_field="type
             raise ValueError("std, max_bytes and max_pixels must be positive")
 
 
-Input = TextInput | ImageInput
+class WordsInput(Record, frozen=True, kw_only=True, tag="words", tag_field="type"):
+    """One UTF-8 text per example, cut into words that the `vocabulary.txt` beside the manifest numbers.
+
+    Words that it does not know are left out. With the segmenter jieba its dictionary lies beside, `jieba.txt`.
+    """
+
+    column: str
+    segmenter: Literal["whitespace", "jieba"]
+    lowercase: bool  # str.lower, before the text is cut
+    hmm: bool = False  # jieba: guess words that the dictionary lacks, by the tables of the installed jieba
+    max_words: int  # known ones; longer texts are cut at the end
+    buckets: tuple[int, ...]  # padded lengths, ascending; the last is max_words
+    max_bytes: int = 1 << 20  # of one text
+
+    def __post_init__(self) -> None:
+        """Refuse lengths that could not hold a text of max_words words."""
+        if not self.buckets or list(self.buckets) != sorted(set(self.buckets)) or self.buckets[-1] != self.max_words:
+            raise ValueError(f"buckets {self.buckets} must ascend to max_words {self.max_words}")
+        if self.buckets[0] < 1 or self.max_bytes < 1:
+            raise ValueError("buckets and max_bytes must be positive")
+
+
+class VectorInput(Record, frozen=True, kw_only=True, tag="vector", tag_field="type"):
+    """One vector of `size` finite float32 numbers per example; as raw bytes they are little-endian."""
+
+    column: str
+    size: int
+    names: tuple[str, ...] = ()  # what each number is, when they were columns of a table
+
+    def __post_init__(self) -> None:
+        """Refuse an empty vector, and names that are not one for each number."""
+        if self.size < 1 or len(self.names) not in (0, self.size):
+            raise ValueError(f"size {self.size} must be positive, and names {len(self.names)} as many or none")
+
+
+Input = TextInput | ImageInput | WordsInput | VectorInput
 
 
 class Multiclass(Record, frozen=True, kw_only=True, tag="multiclass", tag_field="kind"):
@@ -97,6 +133,7 @@ class GateRecord(Record, frozen=True, kw_only=True):
     """How a variant's accuracy on the gate split compares with PyTorch's, example by example."""
 
     verdict: Verdict
+    task: str | None = None  # of several; a variant's record is that of the task that came closest to failing
     metric: str
     examples: int
     reference: float  # the metric in PyTorch, a fraction
