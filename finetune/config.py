@@ -5,9 +5,14 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.device import Device
-from finetune.full import Optimizer
 from finetune.model import Pooling
 from finetune.splits import Fractions
+
+Strategy = Literal["auto", "probe", "last", "full", "lp-ft", "lora"]
+Optimizer = Literal["adamw", "sgd"]
+Schedule = Literal["linear", "cosine", "constant"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Augmentation = Literal["flip", "crop", "color"]
 
 
 @dataclass(frozen=True)
@@ -15,48 +20,109 @@ class TrainConfig:
     """Everything that decides what a checkpoint will be."""
 
     model: str
-    """transformers:ID_OR_DIR, torchvision:NAME, python:PATH.py:function or python:pkg.mod:function."""
+    """transformers:ID_OR_DIR, torchvision:NAME, python:PATH.py:function, python:pkg.mod:function, vectors:FILE, mlp, or
+    checkpoint:DIR to go on from a checkpoint with a new head."""
     data: str
-    """A folder of class folders with PNG or JPEG files, or a .csv, .jsonl or .parquet file."""
+    """A folder of class folders with PNG or JPEG files, a .csv, .jsonl, .parquet or .npz file, a folder of CIFAR-10's
+    binary batches, or torchvision:CIFAR10."""
     _: KW_ONLY
     out: Path
     """Directory of the checkpoint; must not exist yet."""
-    strategy: Literal["probe", "full"] = "probe"
-    """probe fits a linear head on the frozen model's features; full trains every weight."""
-    input_column: str | None = None
-    """Of a table: the texts, or the paths of the images; by default "text" or "image"."""
-    label_column: str = "label"
-    """Of a table: the labels."""
+    strategy: Strategy | None = None
+    """probe fits a linear head on the frozen model's features; last trains the last blocks; full every weight; lp-ft
+    probes and then trains every weight; lora trains low-rank changes and merges them; auto climbs probe, last, full
+    while it pays. By default probe, and full where there are new hidden layers."""
+    input_column: tuple[str, ...] = ()
+    """Of a table: the texts (two columns for pairs), the paths of the images, or the numbers of a vector; of an .npz:
+    the array. By default "text", "image", every column of numbers that is no label, or "x"."""
+    label_column: tuple[str, ...] = ("label",)
+    """NAME[:KIND[:WEIGHT]], once for each task; the kinds are multiclass, multilabel and regression, the weight is that
+    of the task's loss. In an .npz the default is "y"."""
     max_bad: int = 0
-    """Unreadable images, and rows without text or label, that are left out instead of being an error."""
+    """Unreadable images, and rows without input or labels, that are left out instead of being an error."""
     split: Fractions = (0.7, 0.1, 0.1, 0.1)
     """Fractions for train, validation, selection and gate."""
     seed: int = 0
-    """Of the splits, the head's first weights, the order of the examples and dropout."""
+    """Of the splits, the first weights, the order of the examples, dropout and augmentation."""
     max_length: int = 128
-    """Of a text, in tokens; longer ones are cut. transformers models only."""
-    pooling: Pooling = "mean"
-    """How token vectors become one vector. transformers models only."""
+    """Of a text, in tokens or known words; longer ones are cut."""
+    pooling: Pooling | None = None
+    """How the vectors of tokens or words become one: mean, cls (transformers only) or sum (vectors only); by default
+    mean."""
     image_size: int | None = None
     """Side of the images in pixels; by default the model's own. torchvision models only."""
     weights: str = "default"
     """default downloads, none is random, else a file. torchvision models only."""
+    widths: tuple[int, ...] = ()
+    """New hidden layers between the features and the head. mlp and vectors only."""
+    vocab_size: int = 50_000
+    """Words of a vectors file, the most frequent first, that are kept besides those of the train split."""
+    segmenter: Literal["whitespace", "jieba"] = "whitespace"
+    """How a text becomes words. vectors only."""
+    dictionary: Path | None = None
+    """jieba's; by default the one that comes with it."""
+    lowercase: bool = True
+    """Words are looked up in lower case. vectors only."""
     cache: bool = True
-    """probe: keep the features, so that the next run on the same data is quick."""
-    epochs: int = 5
-    """full: passes over the train split."""
+    """Keep a frozen model's features, so that the next run on the same data is quick."""
+    train_last: int = 2
+    """last: how many blocks train, counted from the end, the head being the first."""
+    train_pattern: str | None = None
+    """last: a regular expression; the parameters whose names it matches anywhere train, and the head."""
+    lora_rank: int = 8
+    """lora: rank of the changes."""
+    epochs: int | None = None
+    """Passes over the train split; by default 3 to 20, the more the fewer examples there are."""
     batch_size: int = 32
-    """Examples at a time."""
+    """Examples at a time, over all processes."""
+    accumulate: int = 1
+    """Batches whose gradients make one step."""
     optimizer: Optimizer | None = None
-    """full: by default adamw for texts and sgd for images."""
+    """By default sgd for images, adamw for everything else."""
     learning_rate: float | None = None
-    """full: at its peak; by default 5e-5 for adamw and 0.01 for sgd."""
+    """At its peak; by default 0.01 for sgd, 5e-5 for adamw, 1e-3 for adamw without a pretrained network."""
     weight_decay: float | None = None
-    """full: by default 0.01 for adamw and 0.0001 for sgd."""
+    """By default 0.0001 for sgd and 0.01 for adamw; biases and norms have none."""
     momentum: float = 0.9
-    """full: of sgd."""
+    """Of sgd."""
+    schedule: Schedule = "linear"
+    """How the learning rate falls after the warm-up."""
     warmup: float = 0.1
-    """full: fraction of the steps over which the learning rate rises."""
+    """Fraction of the steps over which the learning rate rises."""
+    max_gradient_norm: float = 1.0
+    """Longer gradients are cut to it."""
+    layer_decay: float = 1.0
+    """The learning rate of each block is that of the next one times this."""
+    ema: float = 0.0
+    """Decay per step of a running average of the weights, which is then what is validated and kept; 0 is none."""
+    label_smoothing: float = 0.0
+    """multiclass: share of the truth that is spread over all labels."""
+    mixup: float = 0.0
+    """Images: parameter of the beta distribution by which pairs are mixed; 0 is none."""
+    augment: tuple[Augmentation, ...] = ()
+    """Images: random changes of the examples before preprocessing, new ones every epoch."""
+    class_weights: Literal["none", "balanced", "auto"] = "auto"
+    """multiclass: balanced weighs a label by the inverse of its frequency; auto does when one is 10 times another."""
+    teacher: Path | None = None
+    """A checkpoint of the same tasks whose logits are learned too (knowledge distillation)."""
+    distill_weight: float = 0.5
+    """Share of the teacher's loss."""
+    temperature: float = 2.0
+    """Of the teacher's and the student's softmax."""
+    metric: str | None = None
+    """Of the validation split, by which the epoch is chosen that is kept: accuracy, macro_f1, rmse, loss, …"""
+    patience: int | None = None
+    """Stop after so many epochs without a better one."""
+    precision: Precision = "auto"
+    """Of the training's arithmetic; auto is fp32 on a CPU, bf16 or fp16 on a GPU. Evaluation and weights are fp32."""
+    save_steps: int | None = None
+    """Save what resuming needs every so many steps; it is saved after every epoch anyway."""
+    resume: bool = False
+    """Go on where a training to the same --out was interrupted; the result is the same, bit for bit."""
+    deterministic: bool = False
+    """Refuse operations that are not deterministic, on a GPU; on a CPU all are."""
+    tensorboard: Path | None = None
+    """Write curves for TensorBoard into this folder too."""
     device: Device = "auto"
     """auto takes CUDA where it works."""
     threads: int | None = None
@@ -68,8 +134,10 @@ class TrainResult:
     """What came of it; metrics are of the validation split."""
 
     out: Path
-    metrics: dict[str, float]  # accuracy, macro_f1, loss of the weights that were written
+    strategy: Strategy
+    metrics: dict[str, float]  # of the weights that were written; of several tasks, with the prefix "TASK."
     history: tuple[dict[str, float], ...]  # the same per epoch, or per L2 penalty that was tried
+    rungs: tuple[dict[str, str | float], ...]  # auto: each strategy, what it gained, and the seconds that it took
     trainable_parameters: int
     total_parameters: int
     examples: dict[str, int]  # per split; distinct ones in selection and gate
