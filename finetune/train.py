@@ -1,116 +1,108 @@
 """The stage: dataset -> checkpoint."""
 
-import dataclasses
+import hashlib
+import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import structlog
 import torch
 
 from bundle.errors import OutputExists
 from bundle.host import cpu_count
-from bundle.manifest import Multiclass, TextInput
-from finetune import evaluate
-from finetune.checkpoint import (
-    FORMAT,
-    FORMAT_VERSION,
-    CheckpointSpec,
-    Provenance,
-    library_versions,
-    write_checkpoint,
-)
-from finetune.config import TrainConfig, TrainResult
-from finetune.data import Dataset, load_dataset
+from bundle.preprocess import encoder
+from finetune import evaluate, report
+from finetune.checkpoint import FORMAT, FORMAT_VERSION, CheckpointSpec, Provenance, library_versions, write_checkpoint
+from finetune.config import Strategy, TrainConfig, TrainResult
+from finetune.data import load_dataset
 from finetune.device import choose_device
-from finetune.features import backbone_features, encode_rows
-from finetune.full import Recipe, train_full
-from finetune.model import Network
-from finetune.pretrained import Pretrained, open_model
-from finetune.probe import fit_head
-from finetune.splits import SPLIT_NAMES, Splits, make_splits
+from finetune.job import Job
+from finetune.parallel import World, world
+from finetune.pretrained import Pretrained, modality, open_model
+from finetune.splits import SPLIT_NAMES, make_splits
+from finetune.strategies import Outcome, adapt, check_options, progress_folder
 
-__all__ = ["TrainConfig", "TrainResult", "train"]
+__all__ = ["Job", "TrainConfig", "TrainResult", "prepare", "run", "train"]
 
 log = structlog.get_logger()
 
-TASK = "label"
-
-Metrics = dict[str, float]
-History = tuple[Metrics, ...]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Everything that a strategy works on."""
-
-    config: TrainConfig
-    device: torch.device
-    pretrained: Pretrained
-    dataset: Dataset
-    splits: Splits
-    network: Network
+_OF_NO_EFFECT = ("out", "resume", "save_steps", "cache", "tensorboard")  # on the weights
 
 
 def train(config: TrainConfig) -> TrainResult:
     """Adapt a pretrained model to a labelled dataset and write a checkpoint.
 
+    Under torchrun every process calls this, and the first one writes.
+
     Raises:
-        OutputExists: there is something at config.out.
+        OutputExists: there is something at config.out, or an unfinished training to it.
         ModelError: the model cannot be loaded.
-        DataError: the data cannot be used.
+        DataError: the data or an option cannot be used.
         TrainingDiverged: the loss became NaN or infinite.
         DeviceUnavailable: CUDA was asked for and cannot be used.
         MissingExtra: a library is not installed.
     """
-    start = time.perf_counter()
-    if config.out.exists():
-        raise OutputExists(f"{config.out} exists already and was left as it is. Choose another --out.")
-    job = _prepare(config)
-    history, metrics = _probe(job) if config.strategy == "probe" else _full(job)
-    spec = _spec(job, history, metrics)
-    write_checkpoint(config.out, spec, job.network, job.splits, job.pretrained.files)
-    log.info("checkpoint written", out=str(config.out), **metrics)
-    trained = job.network.head if config.strategy == "probe" else job.network
-    return TrainResult(
-        out=config.out,
-        metrics=metrics,
-        history=history,
-        trainable_parameters=sum(p.numel() for p in trained.parameters()),
-        total_parameters=sum(p.numel() for p in job.network.parameters()),
-        examples=spec.provenance.examples,
-        seconds=time.perf_counter() - start,
-    )
+    with world() as ours:
+        return run(prepare(config, ours))
 
 
-def _prepare(config: TrainConfig) -> _Job:
+def prepare(config: TrainConfig, ours: World | None = None) -> Job:
+    """Load and check everything, and make the network, its head untrained. Raises as train does."""
+    ours = ours or World(0, 1)
+    check_options(config)
+    _check_output(config)
     device = choose_device(config.device)
-    torch.set_num_threads(config.threads or cpu_count())
-    with _seeded(config.seed):
-        pretrained = open_model(
-            config.model,
-            column=config.input_column,
-            max_length=config.max_length,
-            image_size=config.image_size,
-            pooling=config.pooling,
-            weights=config.weights,
-        )
+    threads = config.threads or max(1, cpu_count() // ours.size)
+    torch.set_num_threads(threads)
     dataset = load_dataset(
         config.data,
-        "text" if isinstance(pretrained.input, TextInput) else "image",
+        modality(config.model),
         input_column=config.input_column,
         label_column=config.label_column,
         max_bad=config.max_bad,
     )
     splits = make_splits(dataset, config.split, seed=config.seed)
+    train_indices = splits.indices(dataset, "train")
+    tasks = tuple(target.task(train_indices) for target in dataset.targets)
     with _seeded(config.seed):
-        network = pretrained.network(len(dataset.label_names))
-    return _Job(config, device, pretrained, dataset, splits, network)
+        pretrained = open_model(config, dataset, train_indices)
+        network = pretrained.network(sum(target.width for target in dataset.targets))
+    settings = {name: str(value) for name, value in asdict(config).items() if name not in _OF_NO_EFFECT}
+    decisive = [settings, dataset.sha256, library_versions(), device.type, threads, ours.size]
+    return Job(
+        config=config,
+        strategy=config.strategy or _default_strategy(config, pretrained),
+        world=ours,
+        device=device,
+        pretrained=pretrained,
+        dataset=dataset,
+        splits=splits,
+        tasks=tasks,
+        network=network,
+        encode=encoder(pretrained.input, pretrained.files.__getitem__),
+        fingerprint=hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest(),
+    )
+
+
+def _check_output(config: TrainConfig) -> None:
+    if config.out.exists():
+        raise OutputExists(f"{config.out} exists already and was left as it is. Choose another --out.")
+    unfinished = progress_folder(config.out)
+    if unfinished.exists() and not config.resume:
+        raise OutputExists(
+            f"{unfinished} holds an unfinished training to {config.out}. Go on with --resume, or remove it."
+        )
+
+
+def _default_strategy(config: TrainConfig, pretrained: Pretrained) -> Strategy:
+    return "full" if config.widths else "probe"
 
 
 @contextmanager
@@ -121,81 +113,76 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _probe(job: _Job) -> tuple[History, Metrics]:
-    train, validation = (job.splits.indices(job.dataset, split) for split in ("train", "validation"))
-    features = backbone_features(
-        job.pretrained,
-        job.network,
-        job.dataset,
-        np.concatenate([train, validation]),
-        batch_size=job.config.batch_size,
-        device=job.device,
-        cache=job.config.cache,
-    )
-    known, held_out = features[: len(train)], features[len(train) :]
-    labels = job.dataset.labels[validation]
-    head = fit_head(known, job.dataset.labels[train], held_out, labels, len(job.dataset.label_names))
-    network = job.network.cpu().eval()
-    with torch.no_grad():
-        network.head.weight.copy_(torch.from_numpy(head.weight))
-        network.head.bias.copy_(torch.from_numpy(head.bias))
-        logits = network.head(torch.from_numpy(held_out)).numpy()
-    history = tuple(dataclasses.asdict(trial) for trial in head.trials)
-    return history, {**evaluate.score(logits, labels), "l2": head.l2}
+@contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS has no deterministic mode
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
-def _full(job: _Job) -> tuple[History, Metrics]:
-    train, validation = (job.splits.indices(job.dataset, split) for split in ("train", "validation"))
-    history = train_full(
-        job.network,
-        encode_rows(job.pretrained, job.dataset, train),
-        job.dataset.labels[train],
-        encode_rows(job.pretrained, job.dataset, validation),
-        job.dataset.labels[validation],
-        job.pretrained.input,
-        _recipe(job.config, job.pretrained),
-        job.device,
-    )
-    job.network.cpu()
-    best = max(history, key=lambda epoch: (epoch["accuracy"], -epoch["loss"]))
-    return tuple(history), {name: best[name] for name in ("accuracy", "macro_f1", "loss", "epoch")}
-
-
-def _recipe(config: TrainConfig, pretrained: Pretrained) -> Recipe:
-    optimizer = config.optimizer or ("adamw" if isinstance(pretrained.input, TextInput) else "sgd")
-    rate, decay = {"adamw": (5e-5, 0.01), "sgd": (0.01, 1e-4)}[optimizer]
-    return Recipe(
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        optimizer=optimizer,
-        learning_rate=rate if config.learning_rate is None else config.learning_rate,
-        weight_decay=decay if config.weight_decay is None else config.weight_decay,
-        momentum=config.momentum,
-        warmup=config.warmup,
-        seed=config.seed,
-    )
-
-
-def _spec(job: _Job, history: History, metrics: Metrics) -> CheckpointSpec:
-    config, dataset = dataclasses.asdict(job.config), job.dataset
-    provenance = Provenance(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        config={name: os.fspath(value) if isinstance(value, Path) else value for name, value in config.items()},
-        seed=job.config.seed,
-        data=dataset.location,
-        data_sha256=dataset.sha256,
-        device=job.device.type,
-        versions=library_versions(),
-        examples={split: len(job.splits.indices(dataset, split)) for split in SPLIT_NAMES},
+def run(job: Job) -> TrainResult:
+    """Train a prepared job and write its checkpoint. Raises as train does."""
+    start = time.perf_counter()
+    with _seeded(job.config.seed), _determinism(job.config.deterministic):
+        outcome = adapt(job, job.strategy)
+    validation = job.targets(job.indices("validation"))
+    metrics = evaluate.score(job.tasks, outcome.logits, validation, job.dataset.weights)
+    result = TrainResult(
+        out=job.config.out,
+        strategy=job.strategy,
         metrics=metrics,
-        history=history,
+        history=outcome.history,
+        rungs=outcome.rungs,
+        trainable_parameters=outcome.trained,
+        total_parameters=sum(p.numel() for p in job.network.parameters()),
+        examples={split: len(job.indices(split)) for split in SPLIT_NAMES},
+        seconds=time.perf_counter() - start,
     )
+    if job.world.rank == 0:
+        _write(job, outcome, result)
+    return result
+
+
+def _write(job: Job, outcome: Outcome, result: TrainResult) -> None:
+    spec = _spec(job, result)
+    validation = job.targets(job.indices("validation"))
+    described = report.write_report(job.tasks, result, spec.provenance, outcome.logits, validation)
+    write_checkpoint(job.config.out, spec, job.network, job.splits, {**job.pretrained.files, **described})
+    shutil.rmtree(progress_folder(job.config.out), ignore_errors=True)
+    if job.config.tensorboard is not None:
+        report.write_tensorboard(job.config.tensorboard, result.history)
+    log.info("checkpoint written", out=str(job.config.out), **result.metrics)
+
+
+def _spec(job: Job, result: TrainResult) -> CheckpointSpec:
     return CheckpointSpec(
         format=FORMAT,
         format_version=FORMAT_VERSION,
         model=job.pretrained.spec,
         input=job.pretrained.input,
-        tasks=(Multiclass(name=TASK, labels=dataset.label_names),),
-        provenance=provenance,
+        tasks=job.tasks,
+        provenance=Provenance(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            config={name: _plain(value) for name, value in asdict(job.config).items()},
+            seed=job.config.seed,
+            data=job.dataset.location,
+            data_sha256=job.dataset.sha256,
+            device=job.device.type,
+            versions=library_versions(),
+            examples=result.examples,
+            metrics=result.metrics,
+            history=result.history,
+        ),
         files={},
     )
+
+
+def _plain(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, Path) else value
