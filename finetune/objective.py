@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bundle.errors import DataError
 from bundle.manifest import Multiclass, Multilabel, Regression, Task
 from finetune.config import TrainConfig
 from finetune.target import Target, columns
@@ -153,16 +152,7 @@ def make_objective(
         tasks: what is predicted.
         weights: of each task's loss, positive.
         train: the targets of the train split, by whose frequencies labels are weighed.
-
-    Raises:
-        DataError: an option is out of its range.
     """
-    if not 0 <= config.label_smoothing < 1:
-        raise DataError(f"label_smoothing is {config.label_smoothing}; it must be at least 0 and below 1.")
-    if not 0 <= config.distill_weight <= 1 or not config.temperature > 0:
-        raise DataError(
-            f"distill_weight {config.distill_weight} must be in [0, 1], and temperature {config.temperature} positive."
-        )
     return Objective(
         tasks=tuple(tasks),
         weights=tuple(weights),
