@@ -11,6 +11,7 @@ import msgspec
 FORMAT = "edgeward-bundle"
 FORMAT_VERSION = 1
 MAX_SIDE = 8192  # of a resized image's shorter side
+MAX_NUMBERS = 1 << 20  # of a vector
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
@@ -35,6 +36,8 @@ class TextInput(Record, frozen=True, kw_only=True, tag="text", tag_field="type")
             raise ValueError(f"buckets {self.buckets} must ascend to max_length {self.max_length}")
         if self.buckets[0] < 1 or not 0 <= self.pad_id < 2**31 or self.max_bytes < 1:
             raise ValueError("buckets and max_bytes must be positive, and pad_id a token")
+        if self.pair in ("", self.column):
+            raise ValueError(f"the columns of a pair must be two, not {self.column!r} and {self.pair!r}")
 
 
 class ImageInput(Record, frozen=True, kw_only=True, tag="image", tag_field="type"):
@@ -77,7 +80,7 @@ class WordsInput(Record, frozen=True, kw_only=True, tag="words", tag_field="type
     hmm: bool = False  # jieba: guess words that the dictionary lacks, by the tables of the installed jieba
     max_words: int  # known ones; longer texts are cut at the end
     buckets: tuple[int, ...]  # padded lengths, ascending; the last is max_words
-    max_bytes: int = 1 << 20  # of one text
+    max_bytes: int = 1 << 16  # of one text; jieba's time grows with the square of a long one's
 
     def __post_init__(self) -> None:
         """Refuse lengths that could not hold a text of max_words words."""
@@ -95,9 +98,11 @@ class VectorInput(Record, frozen=True, kw_only=True, tag="vector", tag_field="ty
     names: tuple[str, ...] = ()  # what each number is, when they were columns of a table
 
     def __post_init__(self) -> None:
-        """Refuse an empty vector, and names that are not one for each number."""
-        if self.size < 1 or len(self.names) not in (0, self.size):
-            raise ValueError(f"size {self.size} must be positive, and names {len(self.names)} as many or none")
+        """Refuse an empty or endless vector, and names that are not one for each number."""
+        if not 1 <= self.size <= MAX_NUMBERS or len(self.names) not in (0, self.size):
+            raise ValueError(
+                f"size {self.size} must be positive, at most {MAX_NUMBERS}, and names {len(self.names)} as many or none"
+            )
 
 
 Input = TextInput | ImageInput | WordsInput | VectorInput

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import structlog
 
-from bundle import outputs, preprocess, text
+from bundle import outputs, preprocess
 from bundle.errors import BadInput, BundleDamaged, BundleUnsupported, DeviceUnavailable, SelfTestFailed
 from bundle.host import cpu_count, isa_class
-from bundle.manifest import Golden, ImageInput, Input, Manifest, TextInput, Variant
+from bundle.manifest import Golden, ImageInput, Input, Manifest, Variant
 from bundle.session import Device, Session
 from bundle.store import Bundle, open_bundle
 
@@ -39,8 +39,8 @@ def predict_logits(
     for start in range(0, len(rows), size):
         batch = list(rows[start : start + size])  # rows may be preprocessed as they are asked for
         length = None
-        if batch_invariant and isinstance(spec, TextInput):
-            length = text.bucket(max(map(len, batch)), spec)
+        if batch_invariant and preprocess.is_sequence(spec):
+            length = preprocess.bucket(max(preprocess.length(row, spec) for row in batch), spec)
         parts.append(session.run(preprocess.collate(batch, spec, length)))
     return parts[0] if len(parts) == 1 else {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
@@ -89,6 +89,7 @@ def load_model(path: Path, *, device: Device = "auto", threads: int | None = Non
     Raises:
         BundleError: it is damaged, unsupported, has no variant for the device, or fails its self-test.
         DeviceUnavailable: CUDA was asked for and cannot be used.
+        MissingExtra: the bundle's preprocessing needs a package that is not installed.
         ModelError: the runtime cannot load or run the graph.
     """
     bundle = open_bundle(path)
@@ -182,5 +183,6 @@ def _check_tensor(bundle: Bundle, golden: Golden, name: str, got: np.ndarray, ex
     if not same:
         raise SelfTestFailed(
             f"{bundle.path}: golden example {golden.file} is preprocessed to another {name} than the model was gated "
-            "on. A decoder, resizer or tokenizer of another version is installed here. The bundle was not started."
+            "on. A decoder, resizer, tokenizer or segmenter of another version is installed here. The bundle was not "
+            "started."
         )

@@ -1,11 +1,13 @@
 """Raw example -> tensor -> batch, for every kind of input: one definition for training, gate, server and scoring."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeGuard
 
 import numpy as np
 
-from bundle import image, text
-from bundle.manifest import ImageInput, Input, TextInput
+from bundle import image, text, vector, words
+from bundle.errors import BadInput
+from bundle.manifest import ImageInput, Input, TextInput, VectorInput, WordsInput
 from bundle.tensor import TensorSpec
 
 Encode = Callable[[bytes], np.ndarray]
@@ -23,24 +25,92 @@ def encoder(spec: Input, read: Callable[[str], bytes]) -> Encode:
             return text.TextEncoder(read(text.TOKENIZER), spec).encode
         case ImageInput():
             return lambda raw: image.preprocess(raw, spec)
+        case WordsInput():
+            dictionary = read(words.DICTIONARY) if spec.segmenter == "jieba" else None
+            return words.WordsEncoder(read(words.VOCABULARY), dictionary, spec).encode
+        case VectorInput():
+            return lambda raw: vector.decode(raw, spec)
 
 
 def collate(rows: Sequence[np.ndarray], spec: Input, length: int | None = None) -> dict[str, np.ndarray]:
     """Tensors of several examples as the graph's inputs, with the batch axis first.
 
-    Images: `image` uint8 (N, height, width, 3). Text: see bundle.text.collate; `length` is the padded length.
+    Images: `image` uint8 (N, height, width, 3). Vectors: `features` float32 (N, size). Text: see bundle.text.collate;
+    words: see bundle.words.collate; `length` is the padded length of both.
     """
     match spec:
         case TextInput():
             return text.collate(rows, spec, length)
         case ImageInput():
             return {"image": np.stack(rows)}
+        case WordsInput():
+            return words.collate(rows, length)
+        case VectorInput():
+            return {"features": np.stack(rows)}
 
 
 def graph_inputs(spec: Input) -> tuple[TensorSpec, ...]:
     """What the compiled graph takes."""
     match spec:
         case TextInput():
-            return (TensorSpec("input_ids", "INT64", (-1, -1)), TensorSpec("attention_mask", "INT64", (-1, -1)))
+            names = ["input_ids", "attention_mask"] + ["token_type_ids"] * (spec.pair is not None)
+            return tuple(TensorSpec(name, "INT64", (-1, -1)) for name in names)
         case ImageInput():
             return (TensorSpec("image", "UINT8", (-1, spec.height, spec.width, 3)),)
+        case WordsInput():
+            return (TensorSpec("word_ids", "INT64", (-1, -1)), TensorSpec("word_mask", "INT64", (-1, -1)))
+        case VectorInput():
+            return (TensorSpec("features", "FP32", (-1, spec.size)),)
+
+
+def is_sequence(spec: Input) -> TypeGuard[TextInput | WordsInput]:
+    """Whether examples differ in length, and are padded to be batched."""
+    return isinstance(spec, TextInput | WordsInput)
+
+
+def length(row: np.ndarray, spec: Input) -> int:
+    """Tokens or words of an encoded example; 1 for what has no length."""
+    return row.shape[-1] if is_sequence(spec) else 1
+
+
+def bucket(length: int, spec: TextInput | WordsInput) -> int:
+    """The smallest padded length that holds `length` tokens or words."""
+    return next(size for size in spec.buckets if size >= length)
+
+
+def wire_inputs(spec: Input) -> tuple[TensorSpec, ...]:
+    """What a server takes: one tensor for each column of an example, named after it."""
+    match spec:
+        case VectorInput():
+            return (TensorSpec(spec.column, "FP32", (-1, spec.size)),)
+        case TextInput(pair=str(pair)):
+            return (TensorSpec(spec.column, "BYTES", (-1, 1)), TensorSpec(pair, "BYTES", (-1, 1)))
+        case _:
+            return (TensorSpec(spec.column, "BYTES", (-1, 1)),)
+
+
+def raw_examples(spec: Input, arrays: Mapping[str, np.ndarray]) -> list[bytes]:
+    """The raw examples that arrived as the tensors of wire_inputs, with as many rows each.
+
+    Raises:
+        BadInput: a text of a pair cannot be used; the message begins with its position.
+    """
+    match spec:
+        case VectorInput():
+            return [vector.encode(row) for row in arrays[spec.column]]
+        case TextInput(pair=str(pair)):
+            rows = zip(arrays[spec.column][:, 0], arrays[pair][:, 0], strict=True)
+            return [_pair(spec, pair, i, *row) for i, row in enumerate(rows)]
+        case _:
+            found: list[bytes] = arrays[spec.column][:, 0].tolist()
+            return found
+
+
+def _pair(spec: TextInput, pair: str, position: int, first: bytes, second: bytes) -> bytes:
+    try:
+        return text.join_pair(
+            text.decode(first, spec.max_bytes, f"text {spec.column!r}"),
+            text.decode(second, spec.max_bytes, f"text {pair!r}"),
+        )
+    except BadInput as error:
+        raise BadInput(f"example {position}: {error}") from error

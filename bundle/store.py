@@ -185,6 +185,9 @@ def _check(manifest: Manifest) -> None:
         raise ValueError("there must be a golden example, or no self-test could hold the bundle to anything")
     if any(variant.tolerance < 0 for variant in manifest.variants):
         raise ValueError("a tolerance is negative")
+    gated = {variant.gate.task for variant in manifest.variants if variant.gate} - {None}
+    if gated - {task.name for task in manifest.tasks}:
+        raise ValueError("a gate is of a task that there is not")
     named = {variant.file for variant in manifest.variants}
     widths = outputs.logits_widths(manifest.tasks)
     for golden in manifest.goldens:

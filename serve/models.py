@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from bundle import preprocess
 from bundle.errors import BadInput, ModelError
 from bundle.model import Model
 from bundle.outputs import answer_specs
@@ -58,13 +59,14 @@ class ServedModel:
 def served_bundle(model: Model, source: Path) -> ServedModel:
     """Raw examples in, answers out."""
     manifest = model.manifest
-    column = manifest.input.column
+    inputs = preprocess.wire_inputs(manifest.input)
+    where = " and ".join(repr(spec.name) for spec in inputs)
 
     def run(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
-            return model.predict(arrays[column][:, 0].tolist())
+            return model.predict(preprocess.raw_examples(manifest.input, arrays))
         except BadInput as error:
-            raise BadInput(f"input {column!r}, {error}") from error
+            raise BadInput(f"input {where}, {error}") from error
 
     return ServedModel(
         name=manifest.name,
@@ -72,7 +74,7 @@ def served_bundle(model: Model, source: Path) -> ServedModel:
         platform="edgeward_bundle",
         device=model.session.device,
         source=source,
-        inputs=(TensorSpec(column, "BYTES", (-1, 1)),),
+        inputs=inputs,
         outputs=answer_specs(manifest.tasks),
         max_batch=MAX_BATCH,
         run=run,

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bundle.errors import BadInput, BundleDamaged
 from bundle.manifest import TextInput
-from bundle.text import TOKENIZER, TextEncoder, bucket, collate
+from bundle.preprocess import bucket
+from bundle.text import TOKENIZER, TextEncoder, collate
 
 SPEC = TextInput(column="text", max_length=128, pad_id=0, buckets=(16, 32, 128))
 TEXTS = [
