@@ -27,7 +27,7 @@ def cached(key: str, compute: Callable[[], np.ndarray], *, max_bytes: int = MAX_
         compute: makes the array.
         max_bytes: of all entries together.
     """
-    path = _folder() / f"{key}{_SUFFIX}"
+    path = cache_folder("features") / f"{key}{_SUFFIX}"
     array = _read(path)
     if array is not None:
         log.info("features found in the cache", path=str(path), rows=len(array))
@@ -41,9 +41,10 @@ def cached(key: str, compute: Callable[[], np.ndarray], *, max_bytes: int = MAX_
     return array
 
 
-def _folder() -> Path:
+def cache_folder(name: str) -> Path:
+    """Where a kind of things is kept between runs; it need not exist."""
     root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if root.startswith("/") else Path.home() / ".cache") / "edgeward" / "features"
+    return (Path(root) if root.startswith("/") else Path.home() / ".cache") / "edgeward" / name
 
 
 def _read(path: Path) -> np.ndarray | None:

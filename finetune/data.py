@@ -1,210 +1,290 @@
-"""Labelled raw examples: a folder of class folders, or a CSV, JSONL or Parquet table."""
+"""Labelled raw examples: image folders, tables of texts, images or vectors, .npz arrays, and CIFAR-10."""
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import structlog
-from PIL import Image
 
 from bundle.errors import DataError
-from bundle.host import cpu_count
-from finetune.progress import track
-from finetune.table import read_table
+from finetune import cifar, npz
+from finetune.folder import check_images, read_folder
+from finetune.labels import LabelColumn, judge_targets, parse_label_columns, read_target
+from finetune.source import Source, vector_content
+from finetune.table import SUFFIXES, Table, read_table
+from finetune.target import Target
 
 log = structlog.get_logger()
 
-Modality = Literal["text", "image"]
+Modality = Literal["text", "image", "vector"]
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+LABEL = "label"
+_DEFAULT_LABELS = (LABEL,)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Raw examples and their labels. Images stay on disk until they are asked for.
+    """N raw examples and their targets. Images stay on disk until they are asked for.
 
     Attributes:
-        location: absolute path.
-        input_column: of a table; None for a folder.
-        label_column: of a table; None for a folder.
+        location: absolute path, or "torchvision:CIFAR10".
+        input_columns: of a table, or the array of an .npz; empty for folders.
+        label_columns: of a table or an .npz, NAME[:KIND[:WEIGHT]]; empty for folders.
         names: what to call each example in a message.
-        hashes: hex sha256 of each example's raw bytes.
-        labels: int64 (N,), indices into label_names.
-        label_names: sorted as strings.
-        sha256: hex digest of the whole: of its (content, label) pairs, whatever their order.
+        hashes: hex sha256 of each example's raw bytes; of CIFAR-10, of its pixels.
+        targets: what is to be predicted, one for each task; at least one value of each example is known.
+        weights: of each task's loss.
+        sha256: hex digest of the whole: of its (content, labels) pairs, whatever their order.
+        held_out: bool (N,), which examples the dataset itself keeps for testing; None if it does not say.
+        feature_names: what each number of a vector is, when they are columns of a table.
     """
 
     location: str
-    input_column: str | None
-    label_column: str | None
+    input_columns: tuple[str, ...]
+    label_columns: tuple[str, ...]
     names: Sequence[str]
     hashes: list[str]
-    labels: np.ndarray
-    label_names: tuple[str, ...]
+    targets: tuple[Target, ...]
+    weights: tuple[float, ...]
     sha256: str
+    held_out: np.ndarray | None
+    feature_names: tuple[str, ...]
     _raw: Callable[[int], bytes]
 
     def __len__(self) -> int:
         return len(self.hashes)
 
     def raw(self, index: int) -> bytes:
-        """One example as it came: an encoded image, or a text in UTF-8."""
+        """One example as it came: an image file, a text in UTF-8, JSON of two texts, or float32 numbers."""
         return self._raw(index)
-
-
-@dataclass(frozen=True)
-class _Example:
-    name: str
-    label: str
-    raw: bytes | Path
 
 
 def load_dataset(
     location: str | Path,
     modality: Modality,
     *,
-    input_column: str | None = None,
-    label_column: str = "label",
+    input_column: tuple[str, ...] = (),
+    label_column: tuple[str, ...] = _DEFAULT_LABELS,
     max_bad: int = 0,
 ) -> Dataset:
     """Find, read and check labelled examples.
 
-    Texts come from a table's text column. Images come from `CLASS/*.png`, `*.jpg` and `*.jpeg` below a folder, at any
-    depth, or from the paths in a table's column, relative to the table's folder; every one is decoded once.
+    Texts come from one or two text columns of a table. Images come from `CLASS/*.png`, `*.jpg` and `*.jpeg` below a
+    folder, at any depth, from the paths in a table's column, relative to the table's folder, from a folder of
+    CIFAR-10's binary batches, or from torchvision:CIFAR10; every file is decoded once. Vectors come from a table's
+    columns of numbers, or from an array of an .npz.
 
     Args:
-        location: a folder, or a file .csv, .jsonl, .ndjson, .parquet or .pq.
+        location: a folder, a file .csv, .jsonl, .ndjson, .parquet, .pq or .npz, or torchvision:CIFAR10.
         modality: what an example is.
-        input_column: of a table; None is "text" or "image", as the modality.
-        label_column: of a table.
-        max_bad: rows without text or label, and images that cannot be read, that are left out with a warning.
+        input_column: of a table; () is "text" or "image", and of vectors all columns of numbers that are no labels.
+            Of an .npz the array, "x" by default.
+        label_column: NAME[:KIND[:WEIGHT]] for each task; of an .npz "y" by default. A table's labels are multiclass
+            unless they have a kind. Where there are several, an empty cell is a missing label.
+        max_bad: examples without input or label, and those that cannot be read, that are left out with a warning.
 
     Raises:
-        DataError: nothing there, too many bad examples, fewer than two labels, or a label with fewer than two examples.
+        DataError: nothing there, too many bad examples, or labels that nothing can be learned from.
+        MissingExtra: pyarrow or torchvision is not installed.
     """
-    path = Path(location).expanduser().resolve()
-    column = input_column or modality
-    is_table = path.is_file()
-    if is_table:
-        examples, bad = _table_examples(path, modality, column, label_column)
-    elif path.is_dir() and modality == "image":
-        examples, bad = _folder_examples(path), []
-    elif path.is_dir():
-        raise DataError(f"{path} is a folder, which holds images; texts come as a .csv, .jsonl or .parquet file.")
-    else:
-        raise DataError(f"there is no dataset at {path}.")
-    rows = len(examples) + len(bad)
-    hashes = [hashlib.sha256(e.raw).hexdigest() if isinstance(e.raw, bytes) else "" for e in examples]
-    if modality == "image":
-        hashes = _check_images(examples, bad)
-    _judge_bad(path, bad, max_bad, rows)
-    examples = [example for example, digest in zip(examples, hashes, strict=True) if digest]
-    return _dataset(path, examples, [h for h in hashes if h], (column, label_column) if is_table else (None, None))
-
-
-def _table_examples(path: Path, modality: Modality, column: str, label_column: str) -> tuple[list[_Example], list[str]]:
-    examples, bad = [], []
-    inputs, labels = read_table(path, column, label_column)
-    for row, (value, label) in enumerate(zip(inputs, labels, strict=True), start=1):
-        if not (value and value.strip()) or not (label and label.strip()):
-            empty = label_column if value and value.strip() else column
-            bad.append(f"row {row} has no {empty}")
-            continue
-        raw = value.encode() if modality == "text" else path.parent / value
-        examples.append(_Example(f"row {row}", label, raw))
-    return examples, bad
-
-
-def _folder_examples(path: Path) -> list[_Example]:
-    examples = []
-    for folder in sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
-        files = [p for p in files if not p.name.startswith(".")]
-        if not files:
-            raise DataError(f"class folder {folder} holds no PNG or JPEG file. Fill it or remove it.")
-        examples += [_Example(str(p.relative_to(path)), folder.name, p) for p in files]
-    return examples
-
-
-def _check_images(examples: list[_Example], bad: list[str]) -> list[str]:
-    """Hex sha256 per example, "" for images that cannot be decoded, which `bad` is told of."""
-    hashes = []
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        results = pool.map(_check_image, examples)
-        for example, result in zip(examples, track(results, len(examples), "reading data"), strict=True):
-            hashes.append(result if isinstance(result, str) else "")
-            if isinstance(result, Exception):
-                bad.append(f"{example.name} is not a readable PNG or JPEG: {result}")
-    return hashes
-
-
-def _check_image(example: _Example) -> str | Exception:
-    try:
-        raw = _read(example.raw)
-        image = Image.open(BytesIO(raw), formats=("PNG", "JPEG"))
-        image.draft("RGB", (1, 1))  # JPEG is decoded at an eighth of its size, but to its end
-        image.load()
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, … on broken files
-        return error
-    return hashlib.sha256(raw).hexdigest()
-
-
-def _read(raw: bytes | Path) -> bytes:
-    return raw if isinstance(raw, bytes) else raw.read_bytes()
-
-
-def _judge_bad(path: Path, bad: list[str], max_bad: int, examples: int) -> None:
-    if len(bad) > max_bad:
-        raise DataError(
-            f"{path} has {len(bad)} bad of {examples} examples (max_bad is {max_bad}). The first: {bad[0].rstrip('.')}."
-        )
-    if bad:
-        log.warning("bad examples left out", data=str(path), count=len(bad), first=bad[0])
-
-
-def _dataset(
-    path: Path, examples: list[_Example], hashes: list[str], columns: tuple[str, str] | tuple[None, None]
-) -> Dataset:
-    label_names = tuple(sorted({example.label for example in examples}))
-    index = {label: i for i, label in enumerate(label_names)}
-    _judge_labels(path, examples, hashes)
-    lines = sorted(f"{digest} {example.label}\n" for digest, example in zip(hashes, examples, strict=True))
-    raws = [example.raw for example in examples]
-
+    source = _read(location, modality, input_column, label_column or _DEFAULT_LABELS)
+    keep = _keep(source, max_bad)
+    whole, raw = len(keep) == len(source.digests), source.raw
+    targets = source.targets if whole else tuple(target.pruned(keep) for target in source.targets)
+    hashes = [source.digests[i] for i in keep]
+    judge_targets(source.location, targets, hashes)
     return Dataset(
-        location=str(path),
-        input_column=columns[0],
-        label_column=columns[1],
-        names=[example.name for example in examples],
+        location=source.location,
+        input_columns=source.input_columns,
+        label_columns=source.label_columns,
+        names=[source.names[i] for i in keep],
         hashes=hashes,
-        labels=np.array([index[example.label] for example in examples], dtype=np.int64),
-        label_names=label_names,
-        sha256=hashlib.sha256("".join(lines).encode()).hexdigest(),
-        _raw=lambda i: _read(raws[i]),
+        targets=targets,
+        weights=source.weights,
+        sha256=_digest(hashes, targets),
+        held_out=None if source.held_out is None else source.held_out[keep],
+        feature_names=source.feature_names,
+        _raw=raw if whole else lambda index: raw(int(keep[index])),
     )
 
 
-def _judge_labels(path: Path, examples: list[_Example], hashes: list[str]) -> None:
-    if not examples:
-        raise DataError(f"{path} has no examples.")
-    distinct: dict[str, set[str]] = {}
-    for example, digest in zip(examples, hashes, strict=True):
-        distinct.setdefault(example.label, set()).add(digest)
-    if len(distinct) < 2:
-        raise DataError(f"{path} has one label, {next(iter(distinct))!r}; a classifier needs two or more.")
-    rare = [label for label, contents in distinct.items() if len(contents) < 2]
-    if rare:
+def _read(location: str | Path, modality: Modality, inputs: tuple[str, ...], labels: tuple[str, ...]) -> Source:
+    path = Path(location).expanduser().resolve()
+    if str(location) == cifar.LOCATION or path.is_dir():
+        return _read_images(location, path, modality)
+    if path.is_file() and path.suffix.lower() == npz.SUFFIX:
+        if modality != "vector":
+            raise DataError(f"{path} holds vectors, and the model takes {modality}s.")
+        if labels == _DEFAULT_LABELS and LABEL not in npz.array_names(path):
+            labels = (npz.LABEL,)
+        return npz.read_npz(path, inputs, parse_label_columns(labels), labels)
+    if path.is_file():
+        return _read_rows(path, modality, inputs, labels)
+    if ":" in str(location):
+        raise DataError(f"there is no dataset {location}; the one that is known by a name is {cifar.LOCATION}.")
+    raise DataError(f"there is no dataset at {path}. Give a folder, a table, an .npz file, or {cifar.LOCATION}.")
+
+
+def _read_images(location: str | Path, path: Path, modality: Modality) -> Source:
+    if modality != "image":
+        kinds = " or ".join(SUFFIXES if modality == "text" else (*SUFFIXES, npz.SUFFIX))
+        where = f"{path} is a folder, which holds" if path.is_dir() else f"{location} holds"
+        raise DataError(f"{where} images; {modality}s come as a file: {kinds}.")
+    if str(location) == cifar.LOCATION:
+        return cifar.download()
+    return cifar.read_batches(path) if cifar.has_batches(path) else read_folder(path)
+
+
+def _read_rows(path: Path, modality: Modality, inputs: tuple[str, ...], labels: tuple[str, ...]) -> Source:
+    columns = parse_label_columns(labels)
+    inputs = inputs or (() if modality == "vector" else (modality,))
+    _check_columns(modality, inputs, columns)
+    names = [column.name for column in columns]
+    if modality == "vector":
+        table = read_table(path, names, inputs or None)
+        inputs = inputs or _numeric_columns(table, names)
+    else:
+        table = read_table(path, [*inputs, *names])
+    digests, raw, bad = _contents(table, modality, inputs)
+    targets = []
+    for column in columns:
+        target, wrong = read_target(column.name, column.kind or "multiclass", table.cells(column.name))
+        targets.append(target)
+        bad = wrong | bad
+    return Source(
+        location=str(path),
+        names=table.names,
+        digests=digests,
+        raw=raw,
+        targets=tuple(targets),
+        bad=bad,
+        lost=table.lost,
+        input_columns=inputs,
+        label_columns=labels,
+        weights=tuple(column.weight for column in columns),
+        feature_names=inputs if modality == "vector" else (),
+    )
+
+
+def _check_columns(modality: Modality, inputs: tuple[str, ...], labels: Sequence[LabelColumn]) -> None:
+    most = {"text": 2, "image": 1, "vector": len(inputs)}[modality]
+    if len(inputs) > most:
+        raise DataError(f"{len(inputs)} input columns, {', '.join(inputs)}; {modality}s have at most {most}.")
+    twice = [name for name in inputs if inputs.count(name) > 1]
+    if twice:
+        raise DataError(f"input column {twice[0]!r} is given {inputs.count(twice[0])} times.")
+    both = [column.name for column in labels if column.name in inputs]
+    if both:
+        raise DataError(f"column {both[0]!r} cannot be both input and label.")
+
+
+def _numeric_columns(table: Table, labels: Sequence[str]) -> tuple[str, ...]:
+    others = [name for name in table.columns if name not in labels]
+    numeric = tuple(name for name in others if table.is_numeric(name))
+    if not numeric:
+        raise DataError(f"{table.path} has no column of numbers but its labels; its columns are {', '.join(others)}.")
+    if len(numeric) < len(others):
+        left_out = [name for name in others if name not in numeric]
+        log.warning("columns that do not hold numbers are left out", data=str(table.path), columns=left_out)
+    return numeric
+
+
+def _contents(
+    table: Table, modality: Modality, inputs: tuple[str, ...]
+) -> tuple[list[str], Callable[[int], bytes], dict[int, str]]:
+    """Digests of the rows' inputs, what gives them as bytes, and position -> what is wrong with one."""
+    if modality == "vector":
+        vectors, bad = _vectors(table, inputs)
+        return *vector_content(vectors), bad
+    columns = [table.strings(name) for name in inputs]
+    bad = {}
+    for name, column in zip(inputs, columns, strict=True):
+        bad |= {row: f"has no {name}" for row, cell in enumerate(column) if not (cell and cell.strip())}
+    if modality == "image":
+        files = [table.path.parent / (cell or "") for cell in columns[0]]
+        present = [row for row in range(len(files)) if row not in bad]
+        checked, wrong = check_images([files[row] for row in present])
+        digests = [""] * len(files)
+        for row, digest in zip(present, checked, strict=True):
+            digests[row] = digest
+        return digests, lambda index: files[index].read_bytes(), bad | {present[i]: why for i, why in wrong.items()}
+    texts = [_text(cells) for cells in zip(*columns, strict=True)]
+    return [hashlib.sha256(text).hexdigest() for text in texts], texts.__getitem__, bad
+
+
+def _text(cells: tuple[str | None, ...]) -> bytes:
+    if len(cells) == 1:
+        return (cells[0] or "").encode()
+    return json.dumps(cells, ensure_ascii=False).encode()
+
+
+def _vectors(table: Table, columns: tuple[str, ...]) -> tuple[np.ndarray, dict[int, str]]:
+    """The columns as float32 (N, D), and which rows are not finite."""
+    vectors = np.empty((len(table.names), len(columns)), dtype="<f4")
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is found as that
+        for position, name in enumerate(columns):
+            vectors[:, position] = table.numbers(name)
+    wrong = ~np.isfinite(vectors)
+    rows = np.flatnonzero(wrong.any(axis=1)).tolist()
+    first = {row: columns[int(wrong[row].argmax())] for row in rows}
+    return vectors, {
+        row: f"has {table.value(name, row)!r} in column {name!r}, not a finite number" for row, name in first.items()
+    }
+
+
+def _keep(source: Source, max_bad: int) -> np.ndarray:
+    """Positions int64 (M,), ascending, of the examples that can be used.
+
+    Raises:
+        DataError: more than max_bad cannot.
+    """
+    bad = _unlabelled(source.targets) | source.bad
+    reasons = [*source.lost, *(f"{source.names[i]} {bad[i]}" for i in sorted(bad))]
+    total = len(source.digests) + len(source.lost)
+    if len(reasons) > max_bad:
         raise DataError(
-            f"{path} has {len(rare)} labels with fewer than 2 different examples, {rare[0]!r} the first. "
-            "Add examples or leave these labels out."
+            f"{source.location} has {len(reasons)} bad of {total} examples (max_bad is {max_bad}). "
+            f"The first: {reasons[0].rstrip('.')}."
         )
-    labels_of = Counter(digest for contents in distinct.values() for digest in contents)
-    conflicting = sum(count > 1 for count in labels_of.values())
-    if conflicting:
-        log.warning("equal examples with different labels", data=str(path), contents=conflicting)
+    if reasons:
+        log.warning("bad examples left out", data=source.location, count=len(reasons), first=reasons[0])
+    usable = np.ones(len(source.digests), dtype=bool)
+    usable[list(bad)] = False
+    return np.flatnonzero(usable)
+
+
+def _unlabelled(targets: Sequence[Target]) -> dict[int, str]:
+    known = np.any([target.known for target in targets], axis=0)
+    names = " and no ".join(target.name for target in targets)
+    return {int(row): f"has no {names}" for row in np.flatnonzero(~known)}
+
+
+def _digest(hashes: Sequence[str], targets: Sequence[Target]) -> str:
+    """Hex sha256 of the sorted lines "CONTENT LABELS"; docs/checkpoint-format.md says how labels are written."""
+    digest = hashlib.sha256()
+    for line in sorted(f"{content} {labels}\n" for content, labels in zip(hashes, _labels(targets), strict=True)):
+        digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def _labels(targets: Sequence[Target]) -> Iterator[str]:
+    if len(targets) == 1 and targets[0].kind == "multiclass":
+        return (targets[0].labels[value] for value in targets[0].values)
+    rows = zip(*(_values(target) for target in targets), strict=True)
+    return (json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows)
+
+
+def _values(target: Target) -> Iterator[object]:
+    for value, known in zip(target.values, target.known, strict=True):
+        if not known:
+            yield None
+        elif target.kind == "multiclass":
+            yield target.labels[value]
+        elif target.kind == "regression":
+            yield float(value)
+        else:
+            yield [target.labels[i] for i in np.flatnonzero(value)]

@@ -40,13 +40,35 @@ class Target:
     def known(self) -> np.ndarray:
         """Which examples have a value: bool (N,)."""
         if self.kind == "multiclass":
-            return self.values >= 0
-        finite: np.ndarray = np.isfinite(self.values)
-        return finite if self.kind == "regression" else finite.all(axis=1)
+            return np.asarray(self.values >= 0)
+        finite = np.isfinite(self.values)
+        return np.asarray(finite if self.kind == "regression" else finite.all(axis=1))
+
+    @property
+    def codes(self) -> np.ndarray:
+        """A number for each value, in the order of the values: int64 (N,), equal for equal ones, -1 where missing."""
+        codes = np.full(len(self), -1, dtype=np.int64)
+        known = self.known
+        axis = 0 if self.kind == "multilabel" else None
+        codes[known] = np.unique(self.values[known], axis=axis, return_inverse=True)[1].ravel()
+        return codes
 
     def take(self, indices: np.ndarray) -> Self:
         """The same column of some examples, int64 positions (M,)."""
         return replace(self, values=self.values[indices])
+
+    def pruned(self, indices: np.ndarray) -> Self:
+        """The column of some examples, without the labels that none of them has."""
+        taken = self.take(indices)
+        if self.kind == "regression":
+            return taken
+        if self.kind == "multilabel":
+            held = np.flatnonzero((taken.values == 1).any(axis=0))
+            return replace(taken, labels=tuple(self.labels[i] for i in held), values=taken.values[:, held])
+        used = np.unique(taken.values[taken.known])
+        renumbered = np.searchsorted(used, taken.values)
+        labels = tuple(self.labels[i] for i in used)
+        return replace(taken, labels=labels, values=np.where(taken.known, renumbered, -1))
 
     def task(self, train: np.ndarray) -> Task:
         """The task as manifests describe it; a regression is standardised by its known values at positions `train`."""

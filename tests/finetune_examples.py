@@ -73,6 +73,24 @@ def write_digits(path, count):
     return path
 
 
+def write_cifar(folder, train, test, names=True):
+    """Handwritten digits in CIFAR-10's binary format: `train` records in two batches, `test` in the test batch."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    folder.mkdir(parents=True, exist_ok=True)
+    images = (data.images[: train + test] * 15).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
+    planes = np.repeat(images.reshape(-1, 1, 1024), 3, axis=1).reshape(-1, 3072)
+    records = np.concatenate([data.target[: train + test, None].astype(np.uint8), planes], axis=1)
+    records[: train // 2].tofile(folder / "data_batch_1.bin")
+    records[train // 2 : train].tofile(folder / "data_batch_2.bin")
+    if test:
+        records[train:].tofile(folder / "test_batch.bin")
+    if names:
+        (folder / "batches.meta.txt").write_text("".join(f"digit {i}\n" for i in range(10)) + "\n")
+    return folder
+
+
 def write_factory(folder):
     """A file of model functions; `tiny` is a convolutional network of 16 × 16 pixels."""
     folder.mkdir(parents=True, exist_ok=True)

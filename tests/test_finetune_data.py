@@ -1,7 +1,6 @@
-"""Every kind of dataset, every reason to refuse one, and how it is split."""
+"""Texts and images: where they come from, and every reason to refuse them."""
 
 import json
-from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -11,15 +10,9 @@ import structlog
 
 from bundle.errors import DataError
 from finetune.data import load_dataset
-from finetune.splits import SPLIT_NAMES, Splits, make_splits
-from tests.finetune_examples import tweets, write_csv, write_digits, write_tweets
+from tests.finetune_examples import tweets, write_csv, write_digits
 
 HEADER = ["text", "label"]
-
-
-@pytest.fixture(scope="module")
-def some_tweets(tmp_path_factory):
-    return load_dataset(write_tweets(tmp_path_factory.mktemp("data") / "tweets.csv", 1000), "text")
 
 
 def test_one_table_is_the_same_data_in_every_format(tmp_path):
@@ -33,12 +26,15 @@ def test_one_table_is_the_same_data_in_every_format(tmp_path):
     csv, jsonl, parquet = (load_dataset(tmp_path / f"a.{s}", "text") for s in ("csv", "jsonl", "parquet"))
 
     assert [csv.raw(i).decode() for i in range(len(csv))] == [x for x, _ in rows]
-    assert [csv.label_names[i] for i in csv.labels] == [y for _, y in rows]
-    assert csv.labels.dtype == np.int64
-    assert csv.label_names == tuple(sorted({y for _, y in rows}))
+    (target,) = csv.targets
+    assert (target.name, target.kind, csv.weights) == ("label", "multiclass", (1.0,))
+    assert (csv.input_columns, csv.label_columns) == (("text",), ("label",))
+    assert [target.labels[i] for i in target.values] == [y for _, y in rows]
+    assert target.values.dtype == np.int64
+    assert target.labels == tuple(sorted({y for _, y in rows}))
     for other in (jsonl, parquet):
         assert (other.sha256, other.hashes) == (csv.sha256, csv.hashes)
-        np.testing.assert_array_equal(other.labels, csv.labels)
+        np.testing.assert_array_equal(other.targets[0].values, target.values)
 
 
 def test_labels_of_any_type_are_their_words(tmp_path):
@@ -50,7 +46,7 @@ def test_labels_of_any_type_are_their_words(tmp_path):
         pq.write_table(pa.table({"text": texts, "label": labels}), tmp_path / "a.parquet")
         for name in ("a.jsonl", "a.parquet"):
             dataset = load_dataset(tmp_path / name, "text")
-            assert dataset.label_names == words
+            assert dataset.targets[0].labels == words
             assert [dataset.raw(i).decode() for i in range(4)] == texts
 
 
@@ -63,7 +59,7 @@ def test_csv_keeps_what_is_quoted(tmp_path):
     dataset = load_dataset(path, "text")
 
     assert [dataset.raw(i).decode() for i in range(len(dataset))] == texts
-    assert dataset.label_names == ("0", "1")
+    assert dataset.targets[0].labels == ("0", "1")
 
 
 def test_folder_is_its_class_folders(tmp_path):
@@ -78,7 +74,8 @@ def test_folder_is_its_class_folders(tmp_path):
     dataset = load_dataset(tmp_path, "image")
 
     assert len(dataset) == 60
-    assert dataset.label_names == tuple("0123456789")
+    assert (dataset.input_columns, dataset.label_columns, dataset.held_out) == ((), (), None)
+    assert dataset.targets[0].labels == tuple("0123456789")
     assert dataset.raw(dataset.names.index("0/deep/X.PNG")) == moved.read_bytes()
 
 
@@ -86,8 +83,8 @@ def test_table_may_hold_image_paths(tmp_path):
     """A table's image column names files relative to the table's folder, and gives the folder's examples."""
     folder = load_dataset(write_digits(tmp_path / "digits", 40), "image")
     rows = [[f"digits/{name}", name.split("/")[0]] for name in folder.names]
-    table = load_dataset(write_csv(tmp_path / "a.csv", [["file", "digit"], *rows]), "image", input_column="file",
-                         label_column="digit")  # fmt: skip
+    table = load_dataset(write_csv(tmp_path / "a.csv", [["file", "digit"], *rows]), "image", input_column=("file",),
+                         label_column=("digit",))  # fmt: skip
 
     assert table.sha256 == folder.sha256
     assert table.raw(0) == folder.raw(0)
@@ -117,7 +114,8 @@ def test_digest_is_of_the_content_not_of_the_order(tmp_path):
         ([HEADER, ["a", "x"], ["b", "x"], ["c", "y"], ["c", "y"]], "fewer than 2 different examples, 'y'"),
         ([HEADER, ["a", "x"], [" ", "x"], ["c", ""]], "2 bad of 3 examples.*row 2 has no text"),
         ([HEADER, ["a", "x"], ["b", ""]], "row 2 has no label"),
-        ([HEADER, ["a", "x"], ["b", "x", "surplus"]], "Expected 2 columns, got 3"),
+        ([HEADER, ["a", "x"], ["b", "x", "surplus"]], "1 bad of 2 .* row 2 has 3 columns instead of 2"),
+        ([["text", "label", "text"], ["a", "x", "b"]], "2 columns with the name 'text'"),
     ],
 )
 def test_unusable_table_is_refused_by_name(tmp_path, rows, message):
@@ -137,10 +135,11 @@ def test_other_encoding_is_refused_with_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": ', "line 2 of .* is not JSON"),
-        ("a.jsonl", b'{"text": "a", "label": "x"}\n[1, 2]\n', "line 2 of .* is not a JSON object"),
+        ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": ', "1 bad of 2 .* line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "a", "label": "x"}\n[1, 2]\n', "line 2 is not a JSON object"),
         ("a.jsonl", b"", r"no column 'text'; its columns are \(none\)"),
         ("a.jsonl", b'{"text": ["a"], "label": "x"}\n', "'text' in line 1 of .* is a list, not text"),
+        ("a.jsonl", b'{"text": "a", "label": "x"}\n{"text": "\\ud800"}', "line 2 is not Unicode: it has half of a"),
         ("a.parquet", b"PAR1 not really", "cannot be read"),
         ("a.xlsx", b"", "is not a table: its suffix"),
     ],
@@ -187,81 +186,3 @@ def test_contradictions_are_counted(tmp_path):
 
     assert len(dataset) == 5
     assert [entry["contents"] for entry in logs if entry["log_level"] == "warning"] == [1]
-
-
-def test_splits_part_the_data(some_tweets):
-    """Every example is in exactly one split, and the splits have their shares."""
-    splits = make_splits(some_tweets, (0.7, 0.1, 0.1, 0.1), seed=0)
-    parts = [splits.indices(some_tweets, name) for name in SPLIT_NAMES]
-
-    assert sorted(np.concatenate(parts)) == list(range(1000))
-    assert [len(part) for part in parts] == [700, 100, 100, 100]
-
-
-@pytest.mark.parametrize("fractions", [(0.7, 0.1, 0.1, 0.1), (0.4, 0.2, 0.2, 0.2), (0.25, 0.25, 0.25, 0.25)])
-def test_splits_are_stratified(some_tweets, fractions):
-    """Each label has its share of each split, give or take two examples."""
-    splits = make_splits(some_tweets, fractions, seed=1)
-    of_label = Counter(some_tweets.labels.tolist())
-    for name, fraction in zip(SPLIT_NAMES, fractions, strict=True):
-        counts = Counter(some_tweets.labels[splits.indices(some_tweets, name)].tolist())
-        for label, count in of_label.items():
-            assert abs(counts[label] - fraction * count) <= 2
-
-
-def test_splits_are_a_function_of_seed_and_content(tmp_path, some_tweets):
-    """The order of the rows changes nothing, the seed changes everything."""
-    rows = [[some_tweets.raw(i).decode(), some_tweets.label_names[some_tweets.labels[i]]] for i in range(1000)]
-    shuffled = load_dataset(write_csv(tmp_path / "b.csv", [HEADER, *rows[::-1]]), "text")
-
-    first = make_splits(some_tweets, seed=0).assignment
-    assert make_splits(shuffled, seed=0).assignment == first
-    other = make_splits(some_tweets, seed=1).assignment
-    assert sum(other[digest] != split for digest, split in first.items()) > 300
-
-
-def test_equal_examples_are_held_out_together_and_once(tmp_path):
-    """Duplicates never cross splits; selection and gate have each content once, train keeps them all."""
-    rows = [row for row in tweets(100) for _ in range(3)]
-    dataset = load_dataset(write_csv(tmp_path / "a.csv", [HEADER, *rows]), "text")
-    splits = make_splits(dataset, seed=0)
-    contents = {name: [dataset.hashes[i] for i in splits.indices(dataset, name)] for name in SPLIT_NAMES}
-
-    assert sum(len(set(c)) for c in contents.values()) == 100
-    assert len(set().union(*contents.values())) == 100
-    assert len(contents["train"]) == 3 * len(set(contents["train"]))
-    for name in ("selection", "gate"):
-        assert len(contents[name]) == len(set(contents[name]))
-
-
-def test_other_data_is_refused(some_tweets, tmp_path):
-    """Splits only speak about the data that was split."""
-    splits = make_splits(some_tweets, seed=0)
-    other = load_dataset(write_csv(tmp_path / "a.csv", [HEADER, *tweets(999)]), "text")
-
-    with pytest.raises(DataError, match="not the data that was split"):
-        splits.indices(other, "gate")
-
-
-@pytest.mark.parametrize(
-    ("rows", "fractions", "message"),
-    [
-        (20, (0.5, 0.5, 0.0, 0.0), "four positive numbers"),
-        (20, (0.7, 0.1, 0.1, 0.2), "four positive numbers"),
-        (4, (0.7, 0.1, 0.1, 0.1), "4 different examples, too few"),
-        (40, (0.04, 0.32, 0.32, 0.32), "none of them is in the train split"),
-    ],
-)
-def test_impossible_splits_are_refused(tmp_path, rows, fractions, message):
-    """Wrong fractions, an empty split, and a label that nothing is learned about are errors."""
-    table = [HEADER, *([f"text {i}", f"label {i // 2}"] for i in range(rows))]
-    with pytest.raises(DataError, match=message):
-        make_splits(load_dataset(write_csv(tmp_path / "a.csv", table), "text"), fractions, seed=0)
-
-
-def test_splits_survive_json(some_tweets):
-    """What is written is what is read."""
-    import msgspec
-
-    splits = make_splits(some_tweets, seed=3)
-    assert msgspec.json.decode(msgspec.json.encode(splits), type=Splits) == splits
