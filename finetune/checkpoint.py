@@ -29,7 +29,19 @@ WEIGHTS = "weights.safetensors"
 SPLITS = "splits.json"
 MAX_SPEC_BYTES = 16 << 20
 
-_PACKAGES = ("edgeward", "numpy", "pillow", "safetensors", "tokenizers", "torch", "torchvision", "transformers")
+_PACKAGES = (
+    "edgeward",
+    "gensim",
+    "jieba",
+    "numpy",
+    "peft",
+    "pillow",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "torchvision",
+    "transformers",
+)
 
 Scalar = str | int | float | bool | None
 
@@ -38,7 +50,7 @@ class Provenance(Record, frozen=True, kw_only=True):
     """How the checkpoint came to be. Nothing reads it but people and reports."""
 
     created: str  # ISO 8601, UTC
-    config: dict[str, Scalar | tuple[float, ...]]  # as given, field by field
+    config: dict[str, Scalar | tuple[Scalar, ...]]  # as given, field by field
     seed: int
     data: str
     data_sha256: str
@@ -58,7 +70,7 @@ class CheckpointSpec(Record, frozen=True, kw_only=True):
     input: Input
     tasks: tuple[Task, ...]
     provenance: Provenance
-    files: dict[str, FileEntry]  # every other file but checkpoint.sha256 and what is in resume/
+    files: dict[str, FileEntry]  # every other file but checkpoint.sha256
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ class Checkpoint:
         sha256: hex digest of checkpoint.json, and through it of every file: the checkpoint's identity.
         splits: splits.json.
         network: float32, on the CPU, in eval mode, weights loaded.
+        files: what the model and its preprocessing are made of, by name: tokenizer, vocabulary, factory, …
         encode: one raw example -> its tensor without batch axis; raises BadInput.
     """
 
@@ -79,6 +92,7 @@ class Checkpoint:
     sha256: str
     splits: Splits
     network: Network
+    files: dict[str, bytes]
     encode: Encode
 
     def read(self, name: str) -> bytes:
@@ -123,22 +137,29 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: there is none, it is damaged, of another format version, or cannot be rebuilt here.
         MissingExtra: the library of its model is not installed.
     """
-    spec, sha256 = _read_spec(path)
+    spec, sha256 = read_spec(path)
+    files: dict[str, bytes] = {}
 
     def read(name: str) -> bytes:
-        return _read(path, spec, name)
+        files[name] = _read(path, spec, name)
+        return files[name]
 
     try:
-        splits = msgspec.json.decode(read(SPLITS), type=Splits)
+        splits = msgspec.json.decode(_read(path, spec, SPLITS), type=Splits)
         network = rebuild(spec.model, spec.input, read, sum(width(task) for task in spec.tasks))
-        network.load_state_dict(load(read(WEIGHTS)))
+        network.load_state_dict(load(_read(path, spec, WEIGHTS)))
         encode = preprocess.encoder(spec.input, read)
     except (msgspec.DecodeError, SafetensorError, RuntimeError, BundleDamaged, ModelError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
-    return Checkpoint(path, spec, sha256, splits, network.eval(), encode)
+    return Checkpoint(path, spec, sha256, splits, network.eval(), files, encode)
 
 
-def _read_spec(path: Path) -> tuple[CheckpointSpec, str]:
+def read_spec(path: Path) -> tuple[CheckpointSpec, str]:
+    """checkpoint.json, and its sha256 in hex; no other file is looked at.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or of another format version.
+    """
     if not (path / SPEC).is_file():
         raise CheckpointError(f"{path} is not a checkpoint: it has no {SPEC}.")
     if (path / SPEC).stat().st_size > MAX_SPEC_BYTES:

@@ -12,27 +12,33 @@ from torch import Tensor, nn
 from bundle.errors import MissingExtra, ModelError
 from bundle.manifest import ImageInput
 from finetune.classifier import cut_head
+from finetune.config import TrainConfig
+from finetune.data import Dataset
 from finetune.model import TorchvisionModel
 from finetune.pretrained import Pretrained
 
+_BACKBONE = "backbone."
 
-def open_model(name: str, *, column: str, image_size: int | None, weights: str) -> Pretrained:
+
+def open_model(name: str, config: TrainConfig, dataset: Dataset) -> Pretrained:
     """A classifier with the preprocessing of its default weights.
 
     Args:
         name: as torchvision.models.get_model takes it.
-        column: what the images are called.
-        image_size: side of the crop in pixels; the model's own if None. The resize before it scales along.
-        weights: "default" downloads (or takes from torch's cache), "none" leaves them random, else a file of them.
+        config: has the side of the images, along with which the resize before the crop scales; and where the weights
+            come from: "default" downloads (or takes from torch's cache), "none" leaves them random, else a file, of a
+            state_dict (.pth, .safetensors) or the weights of a checkpoint of this model.
+        dataset: has the name of the images.
 
     Raises:
-        ModelError: there is no such model or file, or it cannot be downloaded.
+        ModelError: there is no such model or file, or it cannot be downloaded, or has other shapes.
     """
-    models = _import()
+    models, weights = _import(), config.weights
     if name not in models.list_models(module=models):
         raise ModelError(f"torchvision has no image classifier {name!r}; it has resnet18, mobilenet_v3_small, …")
     default = models.get_model_weights(name).DEFAULT
-    spec = _preprocessing(default.transforms(), column, image_size)
+    column = dataset.input_columns[0] if dataset.input_columns else "image"
+    spec = _preprocessing(default.transforms(), column, config.image_size)
     try:
         model = models.get_model(name, weights=default if weights == "default" else None)
     except (URLError, OSError, RuntimeError) as error:
@@ -85,11 +91,25 @@ def _preprocessing(transforms: Any, column: str, image_size: int | None) -> Imag
 
 
 def _load_weights(backbone: nn.Module, path: Path, head: str) -> None:
-    state = {k: v for k, v in _read_weights(path).items() if not k.startswith(f"{head}.")}
-    try:
-        backbone.load_state_dict(state)
-    except RuntimeError as error:
-        raise ModelError(f"{path} does not hold this model's weights: {error}") from error
+    state = _read_weights(path)
+    if "head.weight" in state and any(name.startswith(_BACKBONE) for name in state):  # of a checkpoint of ours
+        state = {name.removeprefix(_BACKBONE): t for name, t in state.items() if name.startswith(_BACKBONE)}
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{head}.")}
+    ours = backbone.state_dict()
+    lacking = sorted(name for name in ours.keys() - state.keys() if not name.endswith(".num_batches_tracked"))
+    foreign = sorted(state.keys() - ours.keys())
+    other = [name for name in ours if name in state and ours[name].shape != state[name].shape]
+    if lacking or foreign or other:
+        shapes = "".join(f" ({name} {tuple(state[name].shape)}, not {tuple(ours[name].shape)})" for name in other[:1])
+        raise ModelError(
+            f"{path} does not hold this model's weights: it lacks {_some(lacking)}, has {_some(foreign)} of another "
+            f"model, and {len(other)} of another shape{shapes}."
+        )
+    backbone.load_state_dict(state, strict=False)  # old files do not count a BatchNorm's batches
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} tensors" + (f" ({', '.join(names[:2])}{', …' if len(names) > 2 else ''})" if names else "")
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -98,7 +118,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        return state
+        state: object = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # OSError, pickle's, zipfile's, safetensors' own
         raise ModelError(f"the weights {path} cannot be read: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ModelError(f"the weights {path} are not a state_dict, which has a tensor for every name.")
+    return state

@@ -6,45 +6,61 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
+import structlog
 import torch
 from torch import nn
 
 from bundle.errors import MissingExtra, ModelError
 from bundle.manifest import TextInput
 from bundle.text import TOKENIZER
-from finetune.model import Pooling, TransformersModel
-from finetune.pretrained import Pretrained
+from finetune.config import TrainConfig
+from finetune.data import Dataset
+from finetune.model import TransformersModel
+from finetune.pretrained import Pretrained, buckets
+
+log = structlog.get_logger()
 
 CONFIG = "config.json"
-_BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_DEFAULT_LENGTH = TrainConfig.max_length
 
 
-def open_model(name: str, *, column: str, max_length: int, pooling: Pooling) -> Pretrained:
+def open_model(name: str, config: TrainConfig, dataset: Dataset) -> Pretrained:
     """A pretrained encoder with its tokenizer.
 
     Args:
         name: a folder, or an id on the hub.
-        column: what the texts are called.
-        max_length: tokens of a text, special ones included.
-        pooling: how token vectors become one vector.
+        config: has the length, special tokens included, and the pooling. Where the length is the default, it is cut to
+            what the encoder can take.
+        dataset: has the names of the texts: one, or two that are encoded as a pair.
 
     Raises:
-        ModelError: there is no such model here, or it is not an encoder with a fast tokenizer.
+        ModelError: there is no such model here, or it is not an encoder with a fast tokenizer, or takes fewer tokens.
     """
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ModelError(f"there is no folder {name}.")
+    column, *pair = dataset.input_columns or ("text",)
+    if len(pair) > 1:
+        raise ModelError(f"an encoder takes one or two columns of texts, not {', '.join(dataset.input_columns)}.")
     source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     transformers = _import()
     tokenizer, pad_id = _open_tokenizer(transformers, source)
     backbone = _open_backbone(transformers, source)
+    pooling: Literal["mean", "cls"] = "cls" if config.pooling == "cls" else "mean"
     spec = TransformersModel(name=name, pooling=pooling, dropout=_dropout(backbone.config))
-    buckets = (*(size for size in _BUCKETS if size < max_length), max_length)
-    text = TextInput(column=column, max_length=max_length, pad_id=pad_id, buckets=buckets)
-    width = _check(backbone, text, name)
-    config = backbone.config.to_json_string(use_diff=False).encode()
-    return Pretrained(spec, text, backbone, width, {TOKENIZER: tokenizer.encode(), CONFIG: config})
+    length = _length(backbone, config.max_length, pad_id, name)
+    text = TextInput(
+        column=column,
+        pair=pair[0] if pair else None,
+        max_length=length,
+        pad_id=pad_id,
+        buckets=buckets(length),
+    )
+    settings = backbone.config.to_json_string(use_diff=False).encode()
+    return Pretrained(
+        spec, text, backbone, backbone.config.hidden_size, {TOKENIZER: tokenizer.encode(), CONFIG: settings}
+    )
 
 
 def rebuild(read: Callable[[str], bytes]) -> tuple[nn.Module, int]:
@@ -122,16 +138,32 @@ def _dropout(config: Any) -> float:
     return 0.1
 
 
-def _check(backbone: Any, spec: TextInput, name: str) -> int:
+def _length(backbone: Any, wanted: int, pad_id: int, name: str) -> int:
+    """The length that was wanted, or what the encoder can take if that is less and nobody asked for more."""
     backbone.eval()
-    ids = torch.full((2, spec.max_length), spec.pad_id, dtype=torch.int64)
+    refusal = _refusal(backbone, wanted, pad_id)
+    if refusal is None:
+        return wanted
+    good, bad = 0, wanted
+    while wanted == _DEFAULT_LENGTH and bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (good, middle) if _refusal(backbone, middle, pad_id) else (middle, bad)
+    if not good:
+        raise ModelError(
+            f"{name} cannot encode {wanted} tokens: {refusal}. Choose an encoder, or a shorter max_length."
+        )
+    log.info("the encoder takes fewer tokens than the default", model=name, max_length=good)
+    return good
+
+
+def _refusal(backbone: Any, length: int, pad_id: int) -> str | None:
+    """Why an encoder cannot take texts of so many tokens, if it cannot."""
+    ids = torch.full((2, length), int(pad_id == 0))  # any token but padding, to which some give no position
     try:
         with torch.inference_mode():
             hidden = backbone(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
     except Exception as error:  # an IndexError beyond the last position, an AttributeError of another kind of model
-        raise ModelError(
-            f"{name} cannot encode {spec.max_length} tokens: {error}. Choose an encoder, or a shorter max_length."
-        ) from error
-    if hidden.ndim != 3 or hidden.shape[-1] != backbone.config.hidden_size:
-        raise ModelError(f"{name} gives vectors {tuple(hidden.shape)}, not (2, {spec.max_length}, hidden size).")
-    return int(hidden.shape[-1])
+        return str(error) or type(error).__name__
+    if hidden.shape != (2, length, getattr(backbone.config, "hidden_size", None)):
+        return f"it gives vectors {tuple(hidden.shape)}, not (2, {length}, hidden size)"
+    return None
