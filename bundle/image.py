@@ -27,7 +27,15 @@ def preprocess(raw: bytes, spec: ImageInput) -> np.ndarray:
     Raises:
         BadInput: the bytes are not a whole PNG or JPEG, or beyond spec.max_bytes or spec.max_pixels.
     """
-    image = _decode(raw, spec)
+    return fit(decode(raw, spec), spec)
+
+
+def fit(image: Image.Image, spec: ImageInput) -> np.ndarray:
+    """A decoded RGB image, resized and cropped; see preprocess.
+
+    Raises:
+        BadInput: it is too narrow to be resized.
+    """
     width, height = image.size
     short = min(width, height)
     size = (int(spec.resize * width / short), int(spec.resize * height / short))  # the longer side is cut, not rounded
@@ -39,7 +47,12 @@ def preprocess(raw: bytes, spec: ImageInput) -> np.ndarray:
     return np.array(image, dtype=np.uint8)
 
 
-def _decode(raw: bytes, spec: ImageInput) -> Image.Image:
+def decode(raw: bytes, spec: ImageInput) -> Image.Image:
+    """One PNG or JPEG as it is meant to be seen: upright, RGB.
+
+    Raises:
+        BadInput: the bytes are not a whole PNG or JPEG, or beyond spec.max_bytes or spec.max_pixels.
+    """
     if len(raw) > spec.max_bytes:
         raise BadInput(f"image has {len(raw)} bytes; the limit is {spec.max_bytes}.")
     try:
