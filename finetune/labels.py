@@ -130,9 +130,7 @@ def _one(name: str) -> Callable[[Cell], str | None]:
     def check(cell: Cell) -> str | None:
         if cell is None or isinstance(cell, str):
             return None if _is_blank(cell) else cell
-        raise DataError(
-            f"column {name!r} holds lists, such as {list(cell)}. For sets of labels give {name}:multilabel."
-        )
+        raise DataError(f"column {name!r} holds lists, such as {list(cell)}; sets of labels are {name}:multilabel.")
 
     return check
 

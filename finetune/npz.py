@@ -3,7 +3,8 @@
 import math
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -68,14 +69,17 @@ def array_names(path: Path) -> list[str]:
         return list(file.files)
 
 
-def _open(path: Path) -> np.lib.npyio.NpzFile:
-    try:
-        file = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as .npz: {error}.") from error
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise DataError(f"{path} is a single array, not an .npz of several. Write it with numpy.savez.")
-    return file
+@contextmanager
+def _open(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
+    with path.open("rb") as opened:
+        try:
+            file = np.load(opened, allow_pickle=False)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path} cannot be read as .npz: {error}.") from error
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise DataError(f"{path} is a single array, not an .npz of several. Write it with numpy.savez.")
+        with file:
+            yield file
 
 
 def _load(path: Path, names: list[str]) -> dict[str, np.ndarray]:

@@ -166,7 +166,9 @@ def _check_target(target: Target, splits: np.ndarray, where: str) -> None:
     train = target.take(np.flatnonzero((splits == 0) & target.known)).values
     if target.kind == "regression":
         if train.min() == train.max():
-            raise DataError(f"{where} has {len(train)} known values in the train split, all of them {train[0]}.")
+            raise DataError(
+                f"{where} has {len(train)} known values in the train split, all of them {train[0]}. Add others."
+            )
         return
     present = np.isin(np.arange(target.width), train) if target.kind == "multiclass" else (train == 1).any(axis=0)
     untrained = [label for label, is_present in zip(target.labels, present, strict=True) if not is_present]

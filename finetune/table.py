@@ -154,7 +154,7 @@ def _read_csv(path: Path, strings: Collection[str], wanted: list[str] | None) ->
     data = path.read_bytes()
     _decode(data, path)
     header = next(csv.reader(TextIOWrapper(BytesIO(data), encoding="utf-8-sig", newline="")), [])
-    _require(path, header, wanted or strings)
+    _require(path, header, [*strings, *header] if wanted is None else wanted)
     lost: dict[int, str] = {}
 
     def lose(row: Any) -> str:
@@ -178,7 +178,8 @@ def _read_parquet(path: Path, strings: Collection[str], wanted: list[str] | None
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
-        _require(path, file.schema_arrow.names, wanted or strings)
+        present = file.schema_arrow.names
+        _require(path, present, [*strings, *present] if wanted is None else wanted)
         table = file.read(columns=wanted)
     return _arrow_table(path, table, [f"row {number}" for number in range(1, len(table) + 1)], [])
 
@@ -209,7 +210,7 @@ def _read_jsonl(path: Path, strings: Collection[str], wanted: list[str] | None) 
             column.append(row.get(name))
         names.append(f"line {number}")
     if names or not lost:
-        _require(path, list(seen), wanted or strings)
+        _require(path, list(seen), strings if wanted is None else wanted)
     return Table(path, names, dict(columns), lost)
 
 

@@ -1,5 +1,6 @@
 """Texts and images: where they come from, and every reason to refuse them."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -156,6 +157,10 @@ def test_places_without_data_are_refused(tmp_path):
     """Nothing there, a folder for texts, an empty folder and an empty class folder each say so."""
     with pytest.raises(DataError, match="no dataset at"):
         load_dataset(tmp_path / "nowhere", "text")
+    with pytest.raises(DataError, match=r"Give a folder, a table, an .npz file, or torchvision:CIFAR10"):
+        load_dataset(tmp_path / "nowhere", "image")
+    with pytest.raises(DataError, match=r"no dataset torchvision:MNIST; the one .* is torchvision:CIFAR10"):
+        load_dataset("torchvision:MNIST", "image")
     with pytest.raises(DataError, match="texts come as"):
         load_dataset(tmp_path, "text")
     with pytest.raises(DataError, match="has no examples"):
@@ -176,6 +181,59 @@ def test_unreadable_images_are_counted_and_named(tmp_path):
         load_dataset(tmp_path, "image", max_bad=1)
 
     assert len(load_dataset(tmp_path, "image", max_bad=2)) == 98
+
+
+def test_two_columns_are_pairs_of_texts(tmp_path):
+    """A pair is its JSON, in UTF-8 without escapes; the order of the columns is that of the texts."""
+    rows = [[f"né {i}", i % 2, f'"中文" {i}'] for i in range(6)]
+    path = write_csv(tmp_path / "a.csv", [["first", "label", "second"], *rows])
+    dataset = load_dataset(path, "text", input_column=("second", "first"))
+
+    assert dataset.input_columns == ("second", "first")
+    assert dataset.raw(3) == '["\\"中文\\" 3", "né 3"]'.encode()
+    assert json.loads(dataset.raw(3)) == ['"中文" 3', "né 3"]
+    assert dataset.hashes[3] == hashlib.sha256(dataset.raw(3)).hexdigest()
+
+
+def test_pair_with_an_empty_text_is_bad(tmp_path):
+    """Both texts are needed, and the one that is missing is named."""
+    rows = [["a", "x", "b"], ["c", "y", ""], ["d", "x", "e"], ["f", "y", "g"], ["h", "y", "i"]]
+    path = write_csv(tmp_path / "a.csv", [["first", "label", "second"], *rows])
+    with pytest.raises(DataError, match=r"1 bad of 5 .* row 2 has no second"):
+        load_dataset(path, "text", input_column=("first", "second"))
+
+
+@pytest.mark.parametrize(
+    ("modality", "inputs", "message"),
+    [
+        ("text", ("text", "text"), "'text' is given 2 times"),
+        ("text", ("a", "b", "c"), "3 input columns, a, b, c; texts have at most 2"),
+        ("image", ("a", "b"), "2 input columns, a, b; images have at most 1"),
+        ("text", ("text", "other"), "no column 'other'; its columns are text, label"),
+    ],
+)
+def test_wrong_input_columns_are_refused(tmp_path, modality, inputs, message):
+    """Too many, one twice, and one that is not there."""
+    path = write_csv(tmp_path / "a.csv", [HEADER, ["a", "x"], ["b", "y"]])
+    with pytest.raises(DataError, match=message):
+        load_dataset(path, modality, input_column=inputs)
+
+
+def test_unreadable_rows_are_counted_and_named(tmp_path):
+    """Lines that are not JSON and rows of another width are left out when allowed; the others keep their numbers."""
+    lines = [json.dumps({"text": f"t {i}", "label": i % 2}) for i in range(6)]
+    (tmp_path / "a.jsonl").write_text("\n".join([lines[0], "{", "", "[]", *lines[1:]]))
+    rows = [[f"t {i}", str(i % 2)] for i in range(6)]
+    write_csv(tmp_path / "a.csv", [HEADER, rows[0], ["surplus", "0", "x"], ["short"], *rows[1:]])
+
+    for name, first in [("a.jsonl", "line 2 is not JSON"), ("a.csv", "row 2 has 3 columns instead of 2")]:
+        with pytest.raises(DataError, match=rf"2 bad of 8 examples \(max_bad is 1\). The first: {first}"):
+            load_dataset(tmp_path / name, "text", max_bad=1)
+        with structlog.testing.capture_logs() as logs:
+            dataset = load_dataset(tmp_path / name, "text", max_bad=2)
+        assert [entry["count"] for entry in logs] == [2]
+        assert [dataset.raw(i) for i in range(6)] == [f"t {i}".encode() for i in range(6)]
+        assert dataset.names[1] == {"a.jsonl": "line 5", "a.csv": "row 4"}[name]
 
 
 def test_contradictions_are_counted(tmp_path):

@@ -95,3 +95,118 @@ def test_splits_survive_json(some_tweets):
     """What is written is what is read."""
     splits = make_splits(some_tweets, seed=3)
     assert msgspec.json.decode(msgspec.json.encode(splits), type=Splits) == splits
+
+
+def numbers(folder, count, seed=0):
+    """A table of feature vectors whose label y is a number of a skewed distribution."""
+    random = np.random.default_rng(seed)
+    rows = [[i, round(value, 3)] for i, value in enumerate(random.lognormal(size=count))]
+    return load_dataset(write_csv(folder / "y.csv", [["f", "y"], *rows]), "vector", label_column=("y:regression",))
+
+
+def test_numbers_are_stratified_by_their_bins(tmp_path):
+    """Each tenth of a regression's values has its share of each split, give or take two examples."""
+    dataset = numbers(tmp_path, 1000)
+    values = dataset.targets[0].values
+    bins = np.searchsorted(np.quantile(values, np.arange(1, 10) / 10, method="inverted_cdf"), values, side="right")
+    splits = make_splits(dataset, FRACTIONS, seed=0)
+    for name, fraction in zip(SPLIT_NAMES, FRACTIONS, strict=True):
+        counts = np.bincount(bins[splits.indices(dataset, name)], minlength=10)
+        assert np.abs(counts - fraction * np.bincount(bins, minlength=10)).max() <= 2
+
+
+def test_sets_of_labels_are_stratified(tmp_path):
+    """Each set of labels has its share of each split, and sets that differ in one label do not take turns."""
+    for bits in (4, 10):  # sets that are common, and sets that occur once
+        labels = ["|".join("abcdefghij"[bit] for bit in range(bits) if i >> bit & 1) or "|" for i in range(1 << 10)]
+        rows = [[f"text {i}", label] for i, label in enumerate(labels)]
+        path = write_csv(tmp_path / "a.csv", [HEADER, *rows])
+        dataset = load_dataset(path, "text", label_column=("label:multilabel",))
+        splits = make_splits(dataset, FRACTIONS, seed=0)
+        for name in SPLIT_NAMES:
+            held = dataset.targets[0].values[splits.indices(dataset, name)].mean(axis=0)
+            np.testing.assert_allclose(held, 0.5, atol=0.02 if bits == 4 else 0.15)
+
+
+def test_several_tasks_are_stratified_by_the_first_of_labels(tmp_path):
+    """A multiclass task decides, wherever it stands among the columns; those without its label have their share too."""
+    rows = [[f"text {i}", i / 7, ["", "x", "y"][i % 3]] for i in range(300)]
+    path = write_csv(tmp_path / "a.csv", [["text", "price", "topic"], *rows])
+    dataset = load_dataset(path, "text", label_column=("price:regression", "topic"))
+    splits = make_splits(dataset, FRACTIONS, seed=0)
+    for name, share in zip(SPLIT_NAMES, [70, 10, 10, 10], strict=True):
+        counts = Counter(dataset.targets[1].values[splits.indices(dataset, name)].tolist())
+        assert counts == {-1: share, 0: share, 1: share}
+
+
+@pytest.mark.parametrize("column", ["y:regression", "tags:multilabel"])
+def test_splits_of_every_kind_are_a_function_of_seed_and_content(tmp_path, column):
+    """The order of the rows changes nothing, whatever they are stratified by, and duplicates are no exception."""
+    rows = [[f"text {i % 150}", i % 37, ["a", "a|b", "b|c", "|"][i % 4]] for i in range(200)]
+    header = ["text", "y", "tags"]
+    one, other = (
+        load_dataset(write_csv(tmp_path / name, [header, *some]), "text", label_column=(column,))
+        for name, some in [("a.csv", rows), ("b.csv", rows[::-1])]
+    )
+
+    assert one.sha256 == other.sha256
+    assert make_splits(one, seed=0).assignment == make_splits(other, seed=0).assignment
+    assert make_splits(one, seed=0).assignment != make_splits(one, seed=1).assignment
+
+
+def test_held_out_examples_are_for_selection_and_gate(tmp_path):
+    """What a dataset keeps for testing is never trained on, and is dealt in proportion, as is the rest."""
+    dataset = load_dataset(write_cifar(tmp_path, train=800, test=200), "image")
+    splits = make_splits(dataset, (0.6, 0.2, 0.05, 0.15), seed=0)
+    parts = {name: splits.indices(dataset, name) for name in SPLIT_NAMES}
+
+    assert {name: len(part) for name, part in parts.items()} == {
+        "train": 600,
+        "validation": 200,
+        "selection": 50,
+        "gate": 150,
+    }
+    for name, part in parts.items():
+        assert set(dataset.held_out[part].tolist()) == {name in ("selection", "gate")}
+
+
+def test_example_of_both_parts_is_held_out_and_counted(tmp_path):
+    """Equal images in the training and the test part are not trained on, and a warning counts them."""
+    write_cifar(tmp_path, train=800, test=200)
+    first = (tmp_path / "data_batch_1.bin").read_bytes()
+    leaked = (tmp_path / "test_batch.bin").read_bytes()[: 3 * 3073]
+    (tmp_path / "data_batch_1.bin").write_bytes(first + leaked)
+    dataset = load_dataset(tmp_path, "image")
+    with structlog.testing.capture_logs() as logs:
+        splits = make_splits(dataset, seed=0)
+
+    assert [entry.get("count") for entry in logs if "test part" in entry["event"]] == [3]
+    assert [entry.get("surplus") for entry in logs if "one split" in entry["event"]] == [3]
+    trained = {dataset.hashes[i] for i in splits.indices(dataset, "train")}
+    assert not trained & {dataset.hashes[i] for i in np.flatnonzero(dataset.held_out)}
+
+
+def test_duplicates_are_counted(tmp_path):
+    """How many rows have the content of another is said, and nothing when there are none."""
+    for rows, surplus in [(tweets(60) * 2, [60]), (tweets(60), [])]:
+        dataset = load_dataset(write_csv(tmp_path / "a.csv", [HEADER, *rows]), "text")
+        with structlog.testing.capture_logs() as logs:
+            make_splits(dataset, seed=0)
+        assert [entry["surplus"] for entry in logs] == surplus
+
+
+@pytest.mark.parametrize(
+    ("other", "column", "message"),
+    [
+        (["1", "2", *[""] * 38], "other:regression", "column 'other' of .* has too few known values, 2: none of them"),
+        ([*["x"] * 38, "y|x", "y"], "other:multilabel", "too few examples of 1 labels, 'y' the first: none"),
+        ([*["1"] * 38, "2", "2"], "other:regression", "has 16 known values in the train split, all of them 1.0"),
+    ],
+)
+def test_every_task_needs_examples_in_every_split(tmp_path, other, column, message):
+    """A task with values in some splits only, a label or a spread of values that training would never see."""
+    rows = [[f"text {i}", f"label {i % 2}", cell] for i, cell in enumerate(other)]
+    path = write_csv(tmp_path / "a.csv", [[*HEADER, "other"], *rows])
+    dataset = load_dataset(path, "text", label_column=("label", column))
+    with pytest.raises(DataError, match=message):
+        make_splits(dataset, (0.4, 0.2, 0.2, 0.2), seed=1)
