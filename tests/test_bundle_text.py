@@ -1,4 +1,5 @@
 import importlib.util
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -6,10 +7,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from bundle import preprocess
 from bundle.errors import BadInput, BundleDamaged
 from bundle.manifest import TextInput
 from bundle.preprocess import bucket
-from bundle.text import TOKENIZER, TextEncoder, collate
+from bundle.text import TOKENIZER, TextEncoder, collate, join_pair
 
 SPEC = TextInput(column="text", max_length=128, pad_id=0, buckets=(16, 32, 128))
 TEXTS = [
@@ -165,3 +167,124 @@ def test_text_without_tokens_is_refused():
     assert encoder.encode(b"word word").tolist() == [1, 1]
     with pytest.raises(BadInput, match="no tokens"):
         encoder.encode(b"  ")
+
+
+# Pairs of texts.
+
+PAIR = TextInput(column="question", pair="answer", max_length=24, pad_id=0, buckets=(16, 24), max_bytes=100_000)
+PAIRS = [(a, b) for a in TEXTS for b in ("", "What is it?", "word " * 40)]
+
+
+@pytest.mark.parametrize("length", [3, 9, 24])
+def test_pairs_are_transformers(folder, oracle, length):
+    """Two texts have the ids and the types that they had in training; of texts too long, the longer is cut."""
+    spec = TextInput(column="a", pair="b", max_length=length, pad_id=0, buckets=(length,), max_bytes=100_000)
+    encoder = TextEncoder((folder / TOKENIZER).read_bytes(), spec)
+
+    for first, second in PAIRS:
+        row = encoder.encode(join_pair(first, second))
+        expected = oracle([first], [second], truncation="longest_first", max_length=length)  # alone, "" is no text
+
+        assert row.dtype == np.int64
+        np.testing.assert_array_equal(row, [expected["input_ids"][0], expected["token_type_ids"][0]])
+
+
+def test_batch_of_pairs_is_transformers(folder, oracle):
+    """Collating pads ids, mask and types as transformers does."""
+    encoder = TextEncoder((folder / TOKENIZER).read_bytes(), PAIR)
+    expected = oracle(*map(list, zip(*PAIRS, strict=True)), truncation=True, max_length=24, padding=True)
+    got = preprocess.collate([encoder.encode(join_pair(*pair)) for pair in PAIRS], PAIR)
+
+    assert list(got) == [spec.name for spec in preprocess.graph_inputs(PAIR)]
+    for name, value in got.items():
+        assert value.dtype == np.int64
+        np.testing.assert_array_equal(value, expected[name])
+
+
+def test_pair_is_padded_as_far_as_asked():
+    """The ids with the pad token, mask and types with zeros."""
+    spec = TextInput(column="a", pair="b", max_length=4, pad_id=7, buckets=(4,))
+    got = collate([np.array([[1, 2, 3], [0, 0, 1]]), np.array([[4], [1]])], spec, 4)
+
+    assert got["input_ids"].tolist() == [[1, 2, 3, 7], [4, 7, 7, 7]]
+    assert got["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    assert got["token_type_ids"].tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
+    assert preprocess.length(np.array([[1, 2, 3], [0, 0, 1]]), spec) == 3
+
+
+@pytest.mark.parametrize("dumps", [json.dumps, lambda pair: json.dumps(pair, ensure_ascii=False)])
+@pytest.mark.parametrize("pair", [('é\0"\\', "\U0001f600\n"), ("", "")])
+def test_pair_is_json_however_it_is_written(folder, dumps, pair):
+    """Escapes and spacing mean nothing."""
+    encoder = TextEncoder((folder / TOKENIZER).read_bytes(), PAIR)
+
+    np.testing.assert_array_equal(encoder.encode(dumps(pair).encode()), encoder.encode(join_pair(*pair)))
+    assert json.loads(join_pair(*pair)) == list(pair)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"text",
+        b'"ab"',
+        b'["a"]',
+        b'["a", "b", "c"]',
+        b'["a", 1]',
+        b'[null, "b"]',
+        b'{"a": "b"}',
+        b'["a", "b"',
+        b'["a", "b"] x',
+        b'["\xff", "b"]',
+        b'["\xed\xa0\x80", "b"]',
+        b'["\\ud800", "b"]',
+        b"[" * 100_000,
+        b'\xef\xbb\xbf["a", "b"]',
+    ],
+)
+def test_what_is_no_pair_is_refused(folder, raw):
+    """One text, three, numbers, half a character and what is no JSON are bad input."""
+    encoder = TextEncoder((folder / TOKENIZER).read_bytes(), PAIR)
+
+    with pytest.raises(BadInput, match="not a JSON list of two strings"):
+        encoder.encode(raw)
+
+
+def test_limit_of_bytes_is_each_text_s(folder):
+    """The limit counts bytes of UTF-8, not those of its JSON, and names the column."""
+    spec = TextInput(column="question", pair="answer", max_length=8, pad_id=0, buckets=(8,), max_bytes=6)
+    encoder = TextEncoder((folder / TOKENIZER).read_bytes(), spec)
+
+    assert encoder.encode(json.dumps(["äöü", "äöü"]).encode()).shape[0] == 2
+    with pytest.raises(BadInput, match="text 'answer' has 7 bytes; the limit is 6"):
+        encoder.encode(join_pair("", "äöüx"))
+
+
+def test_pair_without_tokens_is_refused():
+    """As a text without tokens is."""
+    bare = Tokenizer(models.WordLevel({"[PAD]": 0, "word": 1}, unk_token="[PAD]"))
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    encoder = TextEncoder(bare.to_str().encode(), PAIR)
+
+    assert encoder.encode(join_pair("word", "word")).tolist() == [[1, 1], [0, 1]]
+    with pytest.raises(BadInput, match="no tokens"):
+        encoder.encode(join_pair(" ", ""))
+
+
+@pytest.mark.parametrize(("pair", "fits"), [(None, 2), ("b", 3)])
+def test_length_that_holds_no_special_tokens_is_refused(folder, pair, fits):
+    """A tokenizer would not cut such texts at all."""
+    for length in (fits - 1, fits):
+        spec = TextInput(column="a", pair=pair, max_length=length, pad_id=0, buckets=(length,))
+        if length < fits:
+            with pytest.raises(BundleDamaged, match=f"adds {fits} special tokens; max_length {length} is less"):
+                TextEncoder((folder / TOKENIZER).read_bytes(), spec)
+        else:
+            assert TextEncoder((folder / TOKENIZER).read_bytes(), spec)
+
+
+@pytest.mark.parametrize("pair", ["", "a"])
+def test_pair_of_one_column_is_refused(pair):
+    """On the wire they are two inputs, which need two names."""
+    with pytest.raises(ValueError, match="must be two"):
+        TextInput(column="a", pair=pair, max_length=8, pad_id=0, buckets=(8,))
