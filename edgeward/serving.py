@@ -1,13 +1,18 @@
 """`edgeward serve` and `edgeward infer`."""
 
+import re
 import sys
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+from zipfile import BadZipFile
 
 import numpy as np
 from cyclopts import Parameter
 from rich.table import Table
 
+from bundle.errors import BadInput
 from edgeward.result import give
 from serve.client import Client
 from serve.server import ServeConfig
@@ -25,23 +30,48 @@ def serve(config: Annotated[ServeConfig, Parameter(name="*")]) -> None:
     run_server(config)
 
 
-def infer(address: str, model: str, inputs: tuple[str, ...], *, timeout_s: float = 30.0, json: bool = False) -> None:
+def _check_inputs(kind: Any, inputs: tuple[str, ...]) -> None:
+    """Refuse what was meant as an option: inputs may begin with a hyphen, for stdin and negative numbers."""
+    for value in inputs:
+        if re.match("--?[A-Za-z]", value):
+            raise ValueError(f"There is no option {value!r}. A text that begins so can be read from a file or stdin.")
+
+
+def infer(
+    address: str,
+    model: str,
+    inputs: Annotated[tuple[str, ...], Parameter(allow_leading_hyphen=True, validator=_check_inputs)],
+    *,
+    timeout_s: float = 30.0,
+    json: bool = False,
+) -> None:
     """Send raw examples to a running server.
 
     Args:
         address: HOST:PORT.
         model: name that it is served under.
-        inputs: each the path of a file, "-" for stdin, or else the text itself.
+        inputs: each the path of a file, "-" for stdin, or else the text itself. A model of two texts takes two inputs
+            for each example. A model of vectors takes numbers with commas between them, files with such a line for
+            each example, .npy files, and .npz files, of these their only array or their array x.
         timeout_s: of the call, in seconds.
         json: give the answers as one JSON object.
     """
     with Client(address, timeout_s=timeout_s) as client:
-        answers = client.predict(model, [_raw(value) for value in inputs])
+        takes = client.metadata(model)
+        examples: Sequence[Any] | np.ndarray
+        match takes.examples:
+            case "vector":
+                examples, shown = _vectors(inputs, takes.inputs[0].shape[1])
+            case "pair":
+                examples, shown = _pairs(inputs, *(spec.name for spec in takes.inputs))
+            case _:  # predict refuses what takes tensors
+                examples, shown = [_raw(value) for value in inputs], list(inputs)
+        answers = client.predict(model, examples)
     table = Table()
     table.add_column("input")
     for name in answers:
         table.add_column(name)
-    for row, value in enumerate(inputs):
+    for row, value in enumerate(shown):
         table.add_row(value, *(_cell(array[row]) for array in answers.values()))
     give(answers, table, json=json)
 
@@ -49,11 +79,66 @@ def infer(address: str, model: str, inputs: tuple[str, ...], *, timeout_s: float
 def _raw(value: str) -> bytes:
     if value == "-":
         return sys.stdin.buffer.read()
+    return Path(value).read_bytes() if _is_file(value) else value.encode()
+
+
+def _is_file(value: str) -> bool:
     try:
-        is_file = Path(value).is_file()
-    except OSError:  # a long text is not a path
-        is_file = False
-    return Path(value).read_bytes() if is_file else value.encode()
+        return Path(value).is_file()
+    except (OSError, ValueError):  # a long text is not a path
+        return False
+
+
+def _pairs(inputs: tuple[str, ...], first: str, second: str) -> tuple[list[tuple[bytes, bytes]], list[str]]:
+    if len(inputs) % 2:
+        raise BadInput(
+            f"the model takes pairs, {first!r} and {second!r}: two inputs for each example; got {len(inputs)}."
+        )
+    sides = list(zip(inputs[::2], inputs[1::2], strict=True))
+    return [(_raw(a), _raw(b)) for a, b in sides], [f"{a} | {b}" for a, b in sides]
+
+
+def _vectors(inputs: tuple[str, ...], size: int) -> tuple[np.ndarray, list[str]]:
+    """Vectors float32 (N, size), and what each is called in the table."""
+    parts, shown = [np.zeros((0, size), np.float32)], []
+    for value in inputs:
+        rows = _read_vectors(value)
+        if rows.dtype.kind not in "biuf" or rows.ndim != 2 or rows.shape[1] != size:
+            raise BadInput(
+                f"input {value!r} is {rows.dtype} {list(rows.shape)}; the model takes vectors of {size} numbers."
+            )
+        parts.append(rows)
+        shown += [value] if len(rows) == 1 else [f"{value}, vector {row}" for row in range(len(rows))]
+    return np.concatenate(parts), shown
+
+
+def _read_vectors(value: str) -> np.ndarray:
+    if Path(value).suffix in (".npy", ".npz"):
+        array = _read_array(Path(value))
+        return array[None] if array.ndim == 1 else array
+    lines = _raw(value).decode(errors="replace").splitlines()
+    try:
+        return np.array([[float(number) for number in line.split(",")] for line in lines if line.strip()])
+    except ValueError as error:  # also of lines that differ in length
+        raise BadInput(
+            f"input {value!r} is neither a file nor numbers with commas between them: {error}. The model takes vectors."
+        ) from error
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return loaded
+            names = list(loaded)
+            name = names[0] if len(names) == 1 else "x"
+            if name not in names:
+                raise BadInput(f"{path} has no array 'x', only {', '.join(names) or 'none'}.")
+            array: np.ndarray = loaded[name]
+            return array
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+        raise BadInput(f"{path} cannot be read as vectors: {error}.") from error
 
 
 def _cell(values: np.ndarray) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import grpc
 import numpy as np
@@ -27,6 +27,20 @@ class ModelMetadata:
     platform: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    @property
+    def examples(self) -> Literal["raw", "pair", "vector"] | None:
+        """What Client.predict takes: texts or images, pairs of texts, or vectors; None where it takes tensors only."""
+        if self.platform != "edgeward_bundle":
+            return None
+        match [spec.datatype for spec in self.inputs]:
+            case ["BYTES"]:
+                return "raw"
+            case ["BYTES", "BYTES"]:
+                return "pair"
+            case ["FP32"]:
+                return "vector"
+        return None
 
 
 class Client:
@@ -87,24 +101,36 @@ class Client:
             outputs=tuple(TensorSpec(spec.name, spec.datatype, tuple(spec.shape)) for spec in answer.outputs),
         )
 
-    def predict(self, model: str, raws: Sequence[bytes | str], version: str = "") -> dict[str, np.ndarray]:
-        """The answers of a bundle for raw examples: texts, or encoded images. docs/protocol.md names them.
+    def predict(self, model: str, raws: Sequence[Any] | np.ndarray, version: str = "") -> dict[str, np.ndarray]:
+        """The answers of a bundle for raw examples. docs/protocol.md names them.
 
         The bundle's input is looked up once per model and version.
 
+        Args:
+            model: its name.
+            raws: one each of: a text or the bytes of an image; a pair of texts, (first, second); a vector, or of
+                all of them an array (N, numbers).
+            version: "" for the highest.
+
         Raises:
-            BadInput: the model takes tensors.
+            BadInput: the model takes tensors, or other examples.
             ServerError: an example cannot be used, there is no such model, or no answer.
         """
         if (model, version) not in self._metadata:
             self._metadata[model, version] = self.metadata(model, version)
-        inputs = self._metadata[model, version].inputs
-        if [(spec.datatype, spec.shape) for spec in inputs] != [("BYTES", (-1, 1))]:
-            takes = ", ".join(f"{spec.name!r} {spec}" for spec in inputs)
-            raise BadInput(f"model {model!r} takes no raw examples but {takes}. Send tensors with infer.")
-        rows = np.empty((len(raws), 1), object)
-        rows[:, 0] = raws
-        return self.infer(model, {inputs[0].name: rows}, version)
+        metadata = self._metadata[model, version]
+        match metadata.examples:
+            case "raw":
+                columns = [_bytes_column(raws, "a text or the bytes of an image")]
+            case "pair":
+                columns = _pair_columns(raws)
+            case "vector":
+                columns = [_vectors(raws, metadata.inputs[0].shape[1])]
+            case None:
+                takes = ", ".join(f"{spec.name!r} {spec}" for spec in metadata.inputs)
+                raise BadInput(f"model {model!r} takes no raw examples but {takes}. Send tensors with infer.")
+        names = [spec.name for spec in metadata.inputs]
+        return self.infer(model, dict(zip(names, columns, strict=True)), version)
 
     def infer(
         self, model: str, tensors: Mapping[str, np.ndarray], version: str = "", outputs: Sequence[str] = ()
@@ -149,6 +175,37 @@ class Client:
             return call(request, timeout=self.timeout_s)
         except grpc.RpcError as error:
             raise ServerError(self.address, error.code(), error.details() or "") from error
+
+
+def _bytes_column(raws: Sequence[Any] | np.ndarray, expected: str) -> np.ndarray:
+    if isinstance(raws, str | bytes):
+        raise BadInput(f"the examples are one {type(raws).__name__}; expected a list, each of it {expected}.")
+    column = np.empty((len(raws), 1), object)
+    for i, raw in enumerate(raws):
+        if not isinstance(raw, str | bytes):
+            raise BadInput(f"example {i} is of type {type(raw).__name__}; expected {expected}.")
+        column[i, 0] = raw
+    return column
+
+
+def _pair_columns(raws: Sequence[Any] | np.ndarray) -> list[np.ndarray]:
+    for i, raw in enumerate(raws):
+        if isinstance(raw, str | bytes) or not hasattr(raw, "__len__") or len(raw) != 2:
+            raise BadInput(f"example {i} is no pair of texts; expected (first, second).")
+    return [_bytes_column([raw[side] for raw in raws], "a pair of texts") for side in (0, 1)]
+
+
+def _vectors(raws: Sequence[Any] | np.ndarray, size: int) -> np.ndarray:
+    try:
+        array = np.asarray(raws)
+    except ValueError as error:  # the vectors differ in length
+        raise BadInput(f"the vectors are no array: {error}.") from error
+    if array.shape == (0,):
+        array = np.zeros((0, size), np.float32)
+    if array.dtype.kind not in "biuf" or array.ndim != 2 or array.shape[1] != size:
+        raise BadInput(f"the vectors are {array.dtype} {list(array.shape)}; expected numbers of shape [-1, {size}].")
+    with np.errstate(over="ignore"):  # the server says which number is not finite
+        return array.astype(np.float32)
 
 
 def _datatype(name: str, array: np.ndarray) -> str:
