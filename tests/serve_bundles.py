@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from bundle import outputs, preprocess
+from bundle import outputs, preprocess, vector
 from bundle.host import isa_class
 from bundle.manifest import (
     FORMAT,
@@ -24,21 +24,34 @@ from bundle.manifest import (
     Latency,
     Manifest,
     Multiclass,
+    Multilabel,
     Provenance,
+    Regression,
     Task,
     TextInput,
     Variant,
+    VectorInput,
+    WordsInput,
 )
 from bundle.session import Session
 from bundle.store import new_directory, seal
+from bundle.text import join_pair
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "good", "bad", "film", "the", "is", "a"]
 TEXT = TextInput(column="text", max_length=8, pad_id=0, buckets=(4, 8), max_bytes=1000)
 IMAGE = ImageInput(
     column="photo", height=8, width=8, resize=8, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
 )
+PAIR = TextInput(column="question", pair="answer", max_length=8, pad_id=0, buckets=(4, 8), max_bytes=1000)
+REVIEW = WordsInput(
+    column="review", segmenter="jieba", lowercase=True, hmm=True, max_words=4, buckets=(2, 4), max_bytes=1000
+)
+FLOWER = VectorInput(column="flower", size=3, names=("sepal", "petal", "stem"))
+DICTIONARY = "好 9\n电影 50 n\n这部 20\n很 30\n难看 8\n看 7\n".encode()
+VOCABULARY = "电影\n好\n难看\nfilm\n很\n".encode()
 MOOD = Multiclass(name="mood", labels=("good", "bad", "neither — é"))
 COLOUR = Multiclass(name="colour", labels=("red", "blue"))
+TASKS = (MOOD, Multilabel(name="tags", labels=("x", "y")), Regression(name="length", mean=2.0, std=3.0))
 
 
 def model_bytes(nodes, inputs, results, constants=()):
@@ -92,22 +105,38 @@ def _heads(tasks, features):
     return nodes, [(name, TensorProto.FLOAT, ["batch", width]) for name, width in names], weights
 
 
-def text_graph(tasks):
+def text_graph(tasks, ids="input_ids", mask="attention_mask", types=None, rows=9):
+    """The mean of the rows of a table, which no id at all makes zero, to the heads."""
     heads, results, weights = _heads(tasks, 4)
-    embedding = np.random.default_rng(3).integers(-4, 4, (len(WORDS), 4)).astype(np.float32)  # exact in any order
-    nodes = [
-        helper.make_node("Gather", ["embedding", "input_ids"], ["vectors"]),
-        helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
+    random = np.random.default_rng(3)
+    constants = {"embedding": random.integers(-4, 4, (rows, 4)).astype(np.float32)}  # exact in any order
+    nodes = [helper.make_node("Gather", ["embedding", ids], ["vectors"])]
+    if types:
+        constants["types"] = random.integers(-4, 4, (2, 4)).astype(np.float32)
+        nodes = [
+            helper.make_node("Gather", ["embedding", ids], ["alone"]),
+            helper.make_node("Gather", ["types", types], ["side"]),
+            helper.make_node("Add", ["alone", "side"], ["vectors"]),
+        ]
+    nodes += [
+        helper.make_node("Cast", [mask], ["mask"], to=TensorProto.FLOAT),
         helper.make_node("Unsqueeze", ["mask", "last"], ["wide"]),
         helper.make_node("Mul", ["vectors", "wide"], ["kept"]),
         helper.make_node("ReduceSum", ["kept", "length"], ["total"], keepdims=0),
         helper.make_node("ReduceSum", ["wide", "length"], ["count"], keepdims=0),
-        helper.make_node("Div", ["total", "count"], ["mean"]),
+        helper.make_node("Max", ["count", "one"], ["some"]),
+        helper.make_node("Div", ["total", "some"], ["mean"]),
         *heads,
     ]
-    inputs = [(name, TensorProto.INT64, ["batch", "length"]) for name in ("input_ids", "attention_mask")]
-    constants = {"embedding": embedding, "last": np.array([2]), "length": np.array([1]), **weights}
+    inputs = [(name, TensorProto.INT64, ["batch", "length"]) for name in (ids, mask, types) if name]
+    constants |= {"last": np.array([2]), "length": np.array([1]), "one": np.float32(1), **weights}
     return model_bytes(nodes, inputs, results, constants)
+
+
+def vector_graph(tasks):
+    heads, results, weights = _heads(tasks, FLOWER.size)
+    nodes = [helper.make_node("Identity", ["features"], ["mean"]), *heads]
+    return model_bytes(nodes, [("features", TensorProto.FLOAT, ["batch", FLOWER.size])], results, weights)
 
 
 def image_graph(tasks):
@@ -125,7 +154,9 @@ def image_graph(tasks):
 def tokenizer_json():
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A", pair="[CLS] $A [CLS]:1 $B:1", special_tokens=[("[CLS]", 2)]
+    )
     return tokenizer.to_str().encode()
 
 
@@ -142,6 +173,23 @@ def write_text_bundle(out: Path, *, name="mood", tasks=(MOOD,), **changes):
 
 def write_image_bundle(out: Path, *, name="colour", **changes):
     return _write(out, name, IMAGE, (COLOUR,), image_graph((COLOUR,)), [png("red"), png("blue")], {}, **changes)
+
+
+def write_pair_bundle(out: Path, *, name="answers", tasks=(MOOD,), **changes):
+    graph = text_graph(tasks, types="token_type_ids")
+    raws = [join_pair("is the film good", "good"), join_pair("", "")]
+    return _write(out, name, PAIR, tasks, graph, raws, {"tokenizer.json": tokenizer_json()}, **changes)
+
+
+def write_words_bundle(out: Path, *, name="reviews", tasks=(MOOD,), **changes):
+    graph = text_graph(tasks, "word_ids", "word_mask", rows=len(VOCABULARY.split()))
+    files = {"vocabulary.txt": VOCABULARY, "jieba.txt": DICTIONARY}
+    return _write(out, name, REVIEW, tasks, graph, ["这部电影很好".encode(), b""], files, **changes)
+
+
+def write_vector_bundle(out: Path, *, name="flowers", tasks=TASKS, **changes):
+    raws = [vector.encode(np.array(row)) for row in ([0.5, -1, 2], [0.0, 0, 0])]
+    return _write(out, name, FLOWER, tasks, vector_graph(tasks), raws, {}, **changes)
 
 
 def _write(

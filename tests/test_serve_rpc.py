@@ -13,15 +13,13 @@ from google.protobuf.json_format import MessageToDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from bundle.manifest import Multilabel, Regression
 from bundle.model import load_model
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serve.client import Client
 from serve.server import ServeConfig, start
-from tests.serve_bundles import MOOD, identity, png, write_image_bundle, write_text_bundle
+from tests.serve_bundles import TASKS, identity, png, write_image_bundle, write_text_bundle
 
-TASKS = (MOOD, Multilabel(name="tags", labels=("x", "y")), Regression(name="length", mean=2.0, std=3.0))
 TEXTS = [b"the film is good", b"", b"bad bad film", "né".encode()]
 
 
