@@ -27,11 +27,9 @@ def main() -> None:
     checkpoint = load_checkpoint(Path(sys.argv[1]))
     spec, splits = checkpoint.spec, checkpoint.splits
     dataset = load_dataset(splits.data, "text" if isinstance(spec.input, TextInput) else "image")
-    files = {
-        name: checkpoint.read(name) for name in spec.files if name in ("tokenizer.json", "config.json", "factory.py")
-    }
+    labels = dataset.targets[0].values
     head = checkpoint.network.head
-    frozen = Pretrained(spec.model, spec.input, checkpoint.network.backbone, head.in_features, files)
+    frozen = Pretrained(spec.model, spec.input, checkpoint.network.backbone, head.in_features, checkpoint.files)
 
     def features(indices: np.ndarray) -> np.ndarray:
         return backbone_features(
@@ -41,7 +39,7 @@ def main() -> None:
     train, validation, gate = (splits.indices(dataset, name) for name in ("train", "validation", "gate"))
     fitted = features(np.concatenate([train, validation]))  # as the probe asked for them: they are in the cache
     x, held_out, test = fitted[: len(train)], fitted[len(train) :], features(gate)
-    y, y_held_out, truth = (dataset.labels[indices] for indices in (train, validation, gate))
+    y, y_held_out, truth = (labels[indices] for indices in (train, validation, gate))
 
     with threadpool_limits(1):  # its small products are slower on several threads
         models = [
