@@ -88,13 +88,17 @@ def download() -> Source:
 
 
 def _map(file: Path) -> np.ndarray:
-    size = file.stat().st_size
+    try:
+        records = np.memmap(file, dtype=np.uint8, mode="r") if file.stat().st_size else np.empty(0, dtype=np.uint8)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error}.") from error
+    size = len(records)
     if not size or size % _RECORD:
         raise DataError(
             f"{file} has {size} bytes, which is no whole number of CIFAR-10's records of {_RECORD} bytes "
             "(1 label, 3 × 32 × 32 pixels). Was it cut off?"
         )
-    return np.memmap(file, dtype=np.uint8, mode="r").reshape(-1, _RECORD)
+    return records.reshape(-1, _RECORD)
 
 
 def _label_names(path: Path) -> list[str]:

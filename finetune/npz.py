@@ -71,7 +71,11 @@ def array_names(path: Path) -> list[str]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
-    with path.open("rb") as opened:
+    try:
+        opened = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+    with opened:
         try:
             file = np.load(opened, allow_pickle=False)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:

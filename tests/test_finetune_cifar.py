@@ -82,6 +82,10 @@ def test_wrong_batches_are_refused(tmp_path):
         load_dataset(tmp_path, "image")
     for batch in tmp_path.glob("data_batch_*.bin"):
         batch.unlink()
+    (tmp_path / "data_batch_1.bin").mkdir()
+    with pytest.raises(DataError, match=r"data_batch_1.bin cannot be read"):
+        load_dataset(tmp_path, "image")
+    (tmp_path / "data_batch_1.bin").rmdir()
     with pytest.raises(DataError, match=r"has a test_batch.bin but no data_batch_\*.bin"):
         load_dataset(tmp_path, "image")
 
