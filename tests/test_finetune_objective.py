@@ -12,10 +12,13 @@ from torch.nn import functional
 from bundle.errors import DataError
 from bundle.manifest import Multiclass, Multilabel, Regression
 from finetune import evaluate
+from finetune.checkpoint import load_checkpoint
 from finetune.config import TrainConfig
-from finetune.features import _as_student, _check_teacher
+from finetune.data import load_dataset
+from finetune.features import _as_student, _check_teacher, teacher_logits
 from finetune.objective import Objective, make_objective, target_tensors
 from finetune.target import Target
+from finetune.train import train
 
 COUNT = 60
 TOPIC = Multiclass(name="topic", labels=("a", "b", "c"))
@@ -229,6 +232,29 @@ def test_teacher_of_other_tasks_is_refused(teacher, message):
     """Its logits would mean something else."""
     with pytest.raises(DataError, match=message):
         _check_teacher(Path("teacher"), teacher, (TOPIC,))
+
+
+def test_teachers_logits_are_computed_once(tmp_path, monkeypatch):
+    """They are the checkpoint's own of the same raw examples, and the second time they come from the cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(COUNT, 4)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=x, y=(x[:, 0] > 0).astype(int))
+    options = TrainConfig("mlp", str(tmp_path / "data.npz"), out=tmp_path / "teacher", widths=(4,), epochs=1)
+    checkpoint = load_checkpoint(train(options).out)
+    dataset = load_dataset(options.data, "vector")
+    indices = np.array([5, 3, 40])
+
+    def ask():
+        device = torch.device("cpu")
+        return teacher_logits(checkpoint.path, dataset, indices, checkpoint.spec.tasks, batch_size=2, device=device)
+
+    first = ask()
+    rows = [checkpoint.encode(dataset.raw(int(i))) for i in indices]
+    expected = evaluate.logits(checkpoint.network, rows, checkpoint.spec.input, 2)
+    np.testing.assert_array_equal(first, expected)
+    monkeypatch.setattr(evaluate, "logits", None)
+    np.testing.assert_array_equal(ask(), expected)
 
 
 def softmax(logits):
