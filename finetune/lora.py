@@ -74,8 +74,9 @@ def merge_lora(network: Network, rows: Sequence[np.ndarray], spec: Input) -> Non
     before = evaluate.logits(network, rows, spec)
     for name, module in list(network.backbone.named_modules()):
         if isinstance(module, LoraLayer):
-            module.merge(safe_merge=True)
+            module.merge()
             network.backbone.set_submodule(name, module.get_base_layer())
+    vars(network.backbone).pop("peft_config", None)  # which peft leaves on what it changed
     network.requires_grad_(True)
     difference = float(np.abs(evaluate.logits(network, rows, spec) - before).max())
     log.info("low-rank changes merged", difference=difference)

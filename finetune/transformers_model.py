@@ -158,7 +158,8 @@ def _length(backbone: Any, wanted: int, pad_id: int, name: str) -> int:
 
 def _refusal(backbone: Any, length: int, pad_id: int) -> str | None:
     """Why an encoder cannot take texts of so many tokens, if it cannot."""
-    ids = torch.full((2, length), int(pad_id == 0))  # any token but padding, to which some give no position
+    padding = (pad_id, getattr(backbone.config, "pad_token_id", None))  # to which some give no position
+    ids = torch.full((2, length), next(token for token in range(3) if token not in padding))
     try:
         with torch.inference_mode():
             hidden = backbone(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
