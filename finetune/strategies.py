@@ -1,4 +1,4 @@
-"""How much of a pretrained network is trained: its head, its last blocks, all of it, low-rank changes, or as it pays."""
+"""How much of a network is trained: its head, its last blocks, all of it, low-rank changes, or as much as pays."""
 
 import math
 import time
@@ -21,6 +21,7 @@ from finetune.features import backbone_features, encode_rows, teacher_logits
 from finetune.job import Job
 from finetune.loop import Examples, Recipe, fit
 from finetune.objective import make_objective
+from finetune.parallel import sharded_logits
 from finetune.probe import fit_head
 from finetune.resume import Progress
 
@@ -90,7 +91,7 @@ def _probe(job: Job) -> Outcome:
         network.head.weight.copy_(torch.from_numpy(head.weight))
         network.head.bias.copy_(torch.from_numpy(head.bias))
         logits = network.head(torch.from_numpy(held_out)).numpy()
-    return Outcome(logits, tuple(head.trials), sum(p.numel() for p in network.head.parameters()))
+    return Outcome(logits, head.trials, sum(p.numel() for p in network.head.parameters()))
 
 
 def _train(job: Job, name: str, trainable: Sequence[str], rate: float = 1.0) -> Outcome:
@@ -118,8 +119,7 @@ def _train(job: Job, name: str, trainable: Sequence[str], rate: float = 1.0) -> 
         progress=Progress(progress_folder(config.out) / name, job.fingerprint, config.save_steps),
         rows_of_epoch=_augmentation(job, train),
     )
-    job.network.cpu().eval()
-    logits = evaluate.logits(job.network, held_out.rows, spec, config.batch_size, job.device)
+    logits = sharded_logits(job.world, job.network, held_out.rows, spec, config.batch_size, job.device)
     job.network.cpu()
     named = dict(job.network.named_parameters())
     return Outcome(logits, tuple(history), sum(named[one].numel() for one in trainable))

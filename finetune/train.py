@@ -20,12 +20,12 @@ from bundle.host import cpu_count
 from bundle.preprocess import encoder
 from finetune import evaluate, report
 from finetune.checkpoint import FORMAT, FORMAT_VERSION, CheckpointSpec, Provenance, library_versions, write_checkpoint
-from finetune.config import Strategy, TrainConfig, TrainResult
+from finetune.config import TrainConfig, TrainResult
 from finetune.data import load_dataset
 from finetune.device import choose_device
 from finetune.job import Job
 from finetune.parallel import World, world
-from finetune.pretrained import Pretrained, modality, open_model
+from finetune.pretrained import modality, open_model
 from finetune.splits import SPLIT_NAMES, make_splits
 from finetune.strategies import Outcome, adapt, check_options, progress_folder
 
@@ -55,8 +55,9 @@ def train(config: TrainConfig) -> TrainResult:
 
 def prepare(config: TrainConfig, ours: World | None = None) -> Job:
     """Load and check everything, and make the network, its head untrained. Raises as train does."""
-    ours = ours or World(0, 1)
+    ours = ours or World()
     check_options(config)
+    report.check_extras(tensorboard=config.tensorboard is not None)
     _check_output(config)
     device = choose_device(config.device)
     threads = config.threads or max(1, cpu_count() // ours.size)
@@ -78,7 +79,7 @@ def prepare(config: TrainConfig, ours: World | None = None) -> Job:
     decisive = [settings, dataset.sha256, library_versions(), device.type, threads, ours.size]
     return Job(
         config=config,
-        strategy=config.strategy or _default_strategy(config, pretrained),
+        strategy=config.strategy or ("full" if config.widths else "probe"),
         world=ours,
         device=device,
         pretrained=pretrained,
@@ -99,10 +100,6 @@ def _check_output(config: TrainConfig) -> None:
         raise OutputExists(
             f"{unfinished} holds an unfinished training to {config.out}. Go on with --resume, or remove it."
         )
-
-
-def _default_strategy(config: TrainConfig, pretrained: Pretrained) -> Strategy:
-    return "full" if config.widths else "probe"
 
 
 @contextmanager
