@@ -76,7 +76,7 @@ def prepare(config: TrainConfig, ours: World | None = None) -> Job:
         pretrained = open_model(config, dataset, train_indices)
         network = pretrained.network(sum(target.width for target in dataset.targets))
     settings = {name: str(value) for name, value in asdict(config).items() if name not in _OF_NO_EFFECT}
-    decisive = [settings, dataset.sha256, library_versions(), device.type, threads, ours.size]
+    decisive = [settings, dataset.sha256, dataset.hashes, library_versions(), device.type, threads, ours.size]
     return Job(
         config=config,
         strategy=config.strategy or ("full" if config.widths else "probe"),
