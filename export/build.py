@@ -1,21 +1,21 @@
 """Checkpoint -> bundle: the stage as one function, from ExportConfig to ExportResult."""
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from bundle import store
+from bundle import preprocess, store
 from bundle.errors import BundleError, GateFailed, OutputExists
 from bundle.host import cpu_name, installed_versions, isa_class
-from bundle.manifest import FORMAT_VERSION, GateRecord, Manifest, Provenance, TextInput, Variant, to_json
-from bundle.text import TOKENIZER
+from bundle.manifest import FORMAT_VERSION, GateRecord, Manifest, Provenance, Regression, Variant, to_json
 from export import gate, goldens, report, timing
-from export.search import Candidate, Findings, VariantName, search
+from export.search import Candidate, Findings, VariantName, outdone, search
 from finetune.checkpoint import Checkpoint, load_checkpoint
-from finetune.data import Dataset, Modality, load_dataset
+from finetune.data import Dataset, load_dataset
+from finetune.pretrained import modality
 
 REPORT = "report.json"
 PACKAGES = (
@@ -40,11 +40,13 @@ class ExportConfig:
     version: int = 1
     """Version to be served as."""
     max_drop: float = 1.0
-    """Largest loss of accuracy against PyTorch, in points (1 = 0.01)."""
+    """Largest loss of accuracy against PyTorch, in points (1 = 0.01); of a regression, in percent of its RMSE."""
     variant: Literal["auto"] | VariantName = "auto"
     """Ship exactly this one, or fail; "auto" ships the fastest that passes."""
     calibration: int = 200
     """Training examples that set the ranges of static int8."""
+    refit_head: bool = False
+    """Try static int8 with a head that is fitted to what the int8 backbone gives, too: int8-static-refit."""
     threads: int | None = None
     """The most that one run may have; by default all the cores that this process may use."""
     report: Path | None = None
@@ -78,6 +80,7 @@ def export_checkpoint(config: ExportConfig, *, timer: timing.Timer = timing.inte
         checkpoint,
         dataset,
         variant=config.variant,
+        refit_head=config.refit_head,
         budget=config.max_drop / 100,
         calibration=config.calibration,
         threads=config.threads,
@@ -86,8 +89,8 @@ def export_checkpoint(config: ExportConfig, *, timer: timing.Timer = timing.inte
     described = _report(config, name, checkpoint, dataset, findings)
     if config.report is not None:
         config.report.write_bytes(to_json(described))
-    if config.variant != "auto" and findings.gated is not None and findings.gated.verdict != "PASS":
-        raise GateFailed(_refusal(config.variant, findings.gated))
+    if config.variant != "auto" and findings.shipped is not findings.chosen:
+        raise GateFailed(_refusal(config.variant, gate.closest(findings.gated)))
     _write_bundle(config, checkpoint, dataset, findings, described)
     return ExportResult(config.out, described)
 
@@ -98,6 +101,8 @@ def _name(config: ExportConfig) -> str:
         raise BundleError(f"{name!r} cannot be a bundle's name: use letters, digits, '.', '_' and '-' (--name).")
     if config.version < 1:
         raise BundleError(f"a bundle's version is 1 or more, not {config.version}.")
+    if config.refit_head and config.variant not in ("auto", "int8-static-refit"):
+        raise BundleError(f"--refit-head makes int8-static-refit, but --variant asks for {config.variant} only.")
     if config.out.exists():  # now, not after the search
         raise OutputExists(f"{config.out} exists already and was left as it is. Choose another --out, or remove it.")
     return name
@@ -106,60 +111,64 @@ def _name(config: ExportConfig) -> str:
 def _dataset(checkpoint: Checkpoint, location: str | None) -> Dataset:
     splits = checkpoint.splits
     max_bad = checkpoint.spec.provenance.config.get("max_bad")  # what was left out then is left out now
-    modality: Modality = "text" if isinstance(checkpoint.spec.input, TextInput) else "image"
     return load_dataset(
         location or splits.data,
-        modality,
-        input_column=splits.input_column,
-        label_column=splits.label_column or "label",
+        modality(f"checkpoint:{checkpoint.path}"),
+        input_column=splits.input_columns,
+        label_column=splits.label_columns or ("label",),
         max_bad=max_bad if isinstance(max_bad, int) else 0,
     )
 
 
 def _refusal(variant: str, record: GateRecord) -> str:
-    more = f" About {record.examples_needed} examples would decide." if record.examples_needed else ""
+    more = f" {report.needed(record).capitalize()}." if record.verdict == "INCONCLUSIVE" else ""
     return (
-        f"{variant}: {record.verdict}. Accuracy went from {record.reference:.4f} to {record.served:.4f} on "
-        f"{record.examples} held-out examples: a drop of at most {record.drop_upper:.4f} with {record.confidence:.0%} "
-        f"confidence, the budget is {record.budget:.4f}.{more} No bundle was written. Try --variant auto."
+        f"{record.verdict}: {report.describe(record, variant)}. On {record.examples} held-out examples "
+        f"{record.metric.replace('_', ' ')} went from {record.reference:.4g} to {record.served:.4g}.{more} "
+        "No bundle was written. Try --variant auto."
     )
 
 
 def _report(
     config: ExportConfig, name: str, checkpoint: Checkpoint, dataset: Dataset, findings: Findings
 ) -> report.Report:
-    held_out = findings.held_out
+    tasks, held_out = checkpoint.spec.tasks, findings.held_out
     budget = config.max_drop / 100
+    comparison = gate.judge_tasks(tasks, held_out.targets, held_out.logits, findings.logits, budget=budget)
     return report.Report(
-        format_version=1,
+        format_version=report.FORMAT_VERSION,
         name=name,
         version=config.version,
         shipped=findings.shipped.name,
         budget=budget,
         confidence=0.95,
-        certifiable=gate.best_certifiable(len(held_out.truth)),
+        certifiable={
+            report.key(record): gate.best_certifiable(record.examples)
+            for record, task in zip(comparison, tasks, strict=True)
+            if not isinstance(task, Regression)
+        },
         examples={
             "calibration": min(config.calibration, len(checkpoint.splits.indices(dataset, "train"))),
-            "selection": len(findings.selection.truth),
-            "gate": len(held_out.truth),
+            "selection": len(findings.selection),
+            "gate": len(held_out),
         },
         parity=findings.parity,
-        candidates=tuple(_candidate(one, findings) for one in findings.candidates),
+        candidates=tuple(_candidate(one, checkpoint, findings) for one in findings.candidates),
         gate=findings.gated,
-        pytorch=report.scores(held_out.truth, held_out.reference),
-        served=report.scores(held_out.truth, findings.predicted),
-        comparison=gate.judge(held_out.truth, held_out.reference, findings.predicted, budget=budget),
+        pytorch=report.scores(tasks, held_out.logits, held_out.targets),
+        served=report.scores(tasks, findings.logits, held_out.targets),
+        comparison=comparison,
         provenance=_provenance(config, checkpoint, dataset),
     )
 
 
-def _candidate(one: Candidate, findings: Findings) -> report.Candidate:
+def _candidate(one: Candidate, checkpoint: Checkpoint, findings: Findings) -> report.Candidate:
     outcome: report.Outcome = "not chosen"
     if one is findings.shipped:
         outcome = "shipped"
     elif one is findings.chosen:
         outcome = "not passed"
-    elif one.name != "fp32" and one.selection.drop > one.selection.budget:
+    elif one.name != "fp32" and (not one.within_budget or one in outdone(findings.candidates)):
         outcome = "less accurate"
     elif one.name != "fp32" and one.latency.ratio >= findings.chosen.latency.ratio:
         outcome = "slower"
@@ -168,19 +177,17 @@ def _candidate(one: Candidate, findings: Findings) -> report.Candidate:
         bytes=len(one.graph),
         batch_invariant=one.batch_invariant,
         latency=one.latency,
-        selection_accuracy=one.selection.served,
-        selection_drop=one.selection.drop,
+        selection=report.scores(checkpoint.spec.tasks, one.logits, findings.selection.targets),
+        selection_drop={report.key(record): record.drop for record in one.selection},
         outcome=outcome,
     )
 
 
 def _provenance(config: ExportConfig, checkpoint: Checkpoint, dataset: Dataset) -> Provenance:
-    command = ["edgeward", "export", str(config.checkpoint), "--out", str(config.out)]
-    command += ["--max-drop", f"{config.max_drop:g}", "--variant", config.variant]
     return Provenance(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=tuple(command),
-        model=checkpoint.spec.model.name,
+        command=("edgeward", "export", str(config.checkpoint), *_options(config)),
+        model=getattr(checkpoint.spec.model, "name", "mlp"),
         data=dataset.location,
         data_sha256=dataset.sha256,
         checkpoint_sha256=checkpoint.sha256,
@@ -189,18 +196,31 @@ def _provenance(config: ExportConfig, checkpoint: Checkpoint, dataset: Dataset) 
     )
 
 
+def _options(config: ExportConfig) -> list[str]:
+    """Every option that has a value, defaults written out, as on the command line."""
+    options = []
+    for name, value in asdict(config).items():
+        if name == "checkpoint" or value is None or value is False:
+            continue
+        options.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            options.append(f"{value:g}" if isinstance(value, float) else str(value))
+    return options
+
+
 def _write_bundle(
     config: ExportConfig, checkpoint: Checkpoint, dataset: Dataset, findings: Findings, described: report.Report
 ) -> None:
     shipped = findings.shipped
     precision: Literal["fp32", "int8"] = "fp32" if shipped.name == "fp32" else "int8"
     spread = float(np.std(findings.held_out.logits))
+    worst = gate.closest(findings.gated) if findings.gated and shipped is findings.chosen else None
     with store.new_directory(config.out) as folder:
         file = f"model.{shipped.name}.onnx"
         (folder / file).write_bytes(shipped.graph)
         (folder / REPORT).write_bytes(to_json(described))
-        if isinstance(checkpoint.spec.input, TextInput):
-            (folder / TOKENIZER).write_bytes(checkpoint.read(TOKENIZER))
+        for beside, data in _input_files(checkpoint).items():
+            (folder / beside).write_bytes(data)
         variant = Variant(
             name=shipped.name,
             file=file,
@@ -210,7 +230,7 @@ def _write_bundle(
             batch_invariant=shipped.batch_invariant,
             tolerance=goldens.TOLERANCE[precision] * spread,
             parity=findings.parity.served,
-            gate=findings.gated if shipped is findings.chosen else None,
+            gate=worst,
             latency=shipped.latency,
         )
         manifest = Manifest(
@@ -226,3 +246,15 @@ def _write_bundle(
             files={},
         )
         store.seal(folder, manifest)
+
+
+def _input_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """What preprocessing reads beside the manifest, such as tokenizer.json: name -> bytes."""
+    files = {}
+
+    def read(name: str) -> bytes:
+        files[name] = checkpoint.read(name)
+        return files[name]
+
+    preprocess.encoder(checkpoint.spec.input, read)
+    return files

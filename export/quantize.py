@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import onnxruntime.quantization as ort_quantization  # bundle.session has switched telemetry off: see export/__init__.py
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from bundle import preprocess
 from bundle.errors import ModelError
-from bundle.manifest import Input, TextInput
+from bundle.manifest import ImageInput, Input
 from export.quiet import silenced
 
 DENSE = ("MatMul", "Gemm")
@@ -40,7 +41,8 @@ def int8_static(graph: bytes, spec: Input, rows: Sequence[np.ndarray]) -> bytes:
     """Weights in int8 per channel, activations in uint8 with ranges seen on calibration examples (QDQ).
 
     Unsigned activations, because signed ones miss the fast kernels of x86-64.
-    Around a text encoder's softmax, layer norms and additions everything stays fp32.
+    Of all but images only the dense layers become int8: around a text encoder's softmax, layer norms and additions, and
+    between the layers of a small network on words or vectors, everything stays fp32.
 
     Args:
         graph: fp32.
@@ -55,7 +57,7 @@ def int8_static(graph: bytes, spec: Input, rows: Sequence[np.ndarray]) -> bytes:
             folder / "int8.onnx",
             _Calibration(spec, rows),
             quant_format=ort_quantization.QuantFormat.QDQ,
-            op_types_to_quantize=list(DENSE if isinstance(spec, TextInput) else CONVOLUTIONAL),
+            op_types_to_quantize=list(CONVOLUTIONAL if isinstance(spec, ImageInput) else DENSE),
             nodes_to_exclude=_scalings(onnx.load(folder / "folded.onnx")),
             activation_type=ort_quantization.QuantType.QUInt8,
             weight_type=ort_quantization.QuantType.QInt8,
@@ -88,6 +90,7 @@ class _Calibration(ort_quantization.CalibrationDataReader):  # type: ignore[misc
 @contextmanager
 def _workspace() -> Iterator[Path]:
     """A folder for the quantizer's files, its log silenced and its many errors mapped."""
+    onnxruntime.set_default_logger_severity(4)  # the quantizer's own sessions; those of bundle.session have their own
     try:
         with silenced(), tempfile.TemporaryDirectory(prefix="edgeward-") as folder:
             yield Path(folder)

@@ -1,5 +1,6 @@
 """The accuracy report: report.json in the bundle, and the table on the terminal."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -7,18 +8,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from bundle import metrics
-from bundle.manifest import GateRecord, Latency, Provenance, Record
+from bundle.manifest import GateRecord, Latency, Multilabel, Provenance, Record, Task
+from export import gate
 from export.graph import Parity
+from finetune import evaluate
+from finetune.target import Target
 
+FORMAT_VERSION = 2
 Outcome = Literal["shipped", "slower", "less accurate", "not passed", "not chosen"]
-
-
-class Scores(Record, frozen=True, kw_only=True):
-    """Of one model on the gate split; fractions."""
-
-    accuracy: float
-    macro_f1: float
+Scores = dict[str, float]
+"""By metric; of several tasks with the prefix `TASK.`"""
 
 
 class Candidate(Record, frozen=True, kw_only=True):
@@ -28,8 +27,8 @@ class Candidate(Record, frozen=True, kw_only=True):
     bytes: int
     batch_invariant: bool
     latency: Latency
-    selection_accuracy: float
-    selection_drop: float  # of accuracy on the selection split, PyTorch minus the variant
+    selection: Scores  # of the variant, on the selection split
+    selection_drop: Scores  # PyTorch minus the variant, there, of each gated metric; of rmse the relative increase
     outcome: Outcome
 
 
@@ -40,22 +39,40 @@ class Report(Record, frozen=True, kw_only=True):
     name: str
     version: int
     shipped: str
-    budget: float  # largest drop of accuracy that passes, a fraction
+    budget: float  # largest drop that passes: of a fraction of right answers, or relative to an RMSE
     confidence: float
-    certifiable: float  # the smallest drop that the gate split could have ruled out
+    certifiable: Scores  # the smallest drops that the gate split could have ruled out; of rmse there is none
     examples: dict[str, int]
     parity: Parity
     candidates: tuple[Candidate, ...]
-    gate: GateRecord | None  # of the one candidate that was gated; none when none was worth it
-    pytorch: Scores
+    gate: tuple[GateRecord, ...]  # for each task, of the one candidate that was gated; empty when none was worth it
+    pytorch: Scores  # on the gate split
     served: Scores
-    comparison: GateRecord  # of what ships; for fp32 a description, since fp32 passes on parity alone
+    comparison: tuple[GateRecord, ...]  # for each task, of what ships; for fp32, which passes on parity, a description
     provenance: Provenance
 
 
-def scores(truth: np.ndarray, predicted: np.ndarray) -> Scores:
-    """Scores of predicted labels int (N,) against true ones."""
-    return Scores(accuracy=metrics.accuracy(truth, predicted), macro_f1=metrics.macro_f1(truth, predicted))
+def scores(tasks: Sequence[Task], logits: np.ndarray, targets: Sequence[Target]) -> Scores:
+    """What finetune.evaluate.score says of logits float32 (N, columns of all tasks), the names being the gate's.
+
+    Of a multilabel task the fraction of examples whose every label is right is called exact_match.
+    """
+    measured = evaluate.score(tasks, logits, targets)
+    sets = [metric(tasks, task, "accuracy") for task in tasks if isinstance(task, Multilabel)]
+    return {
+        name.removesuffix("accuracy") + "exact_match" if name in sets else name: value
+        for name, value in measured.items()
+    }
+
+
+def metric(tasks: Sequence[Task], task: Task, name: str) -> str:
+    """The key of a task's metric."""
+    return f"{task.name}.{name}" if len(tasks) > 1 else name
+
+
+def key(record: GateRecord) -> str:
+    """The key of a gate record's metric."""
+    return f"{record.task}.{record.metric}" if record.task else record.metric
 
 
 def render(report: Report) -> Group:
@@ -65,7 +82,9 @@ def render(report: Report) -> Group:
 
 def _candidates(report: Report) -> Table:
     table = Table(title=f"{report.name} version {report.version}: variants, one example at a time")
-    for column in ("variant", "MB", "p50 ms", "× fp32", "95% upper", "accuracy on selection", "batch-invariant", ""):
+    gated = [key(record) for record in report.comparison]
+    measured = [f"{_words(name)} on selection" for name in gated]
+    for column in ("variant", "MB", "p50 ms", "× fp32", "95% upper", *measured, "batch-invariant", ""):
         table.add_column(column, justify="left" if column in ("variant", "") else "right")
     for one in report.candidates:
         table.add_row(
@@ -74,7 +93,7 @@ def _candidates(report: Report) -> Table:
             f"{one.latency.p50_ms:.2f}",
             f"{one.latency.ratio:.2f}",
             f"{one.latency.ratio_upper:.2f}",
-            f"{one.selection_accuracy:.4f}",
+            *(f"{one.selection[name]:.4g}" for name in gated),
             "yes" if one.batch_invariant else "no",
             one.outcome,
             style="bold" if one.outcome == "shipped" else "",
@@ -83,34 +102,61 @@ def _candidates(report: Report) -> Table:
 
 
 def _accuracy(report: Report) -> Table:
-    table = Table(title=f"on {report.comparison.examples} held-out examples (gate split)")
+    table = Table(title=f"on {report.examples['gate']} held-out examples (gate split)")
     for column in ("", "PyTorch", f"served ({report.shipped})", "drop", "95% upper bound"):
         table.add_column(column, justify="right" if column else "left")
-    compared = report.comparison
-    table.add_row(
-        "accuracy",
-        f"{report.pytorch.accuracy:.4f}",
-        f"{report.served.accuracy:.4f}",
-        f"{compared.drop:+.4f}",
-        f"{compared.drop_upper:.4f}",
-    )
-    change = report.pytorch.macro_f1 - report.served.macro_f1
-    table.add_row("macro F1", f"{report.pytorch.macro_f1:.4f}", f"{report.served.macro_f1:.4f}", f"{change:+.4f}", "")
+    compared = {key(record): record for record in report.comparison}
+    for name, before in report.pytorch.items():
+        if name.rpartition(".")[2] == "loss":
+            continue
+        after, record = report.served[name], compared.get(name)
+        worse = before - after if evaluate.better(name, 1, 0) else after - before
+        change = f"{worse:+.4f}" if record is None else _amount(record, record.drop, sign="+")
+        upper = "" if record is None else _amount(record, record.drop_upper)
+        table.add_row(_words(name), f"{before:.4f}", f"{after:.4f}", change, upper)
     return table
 
 
+def _words(name: str) -> str:
+    """A metric as people write it."""
+    task, _, bare = name.rpartition(".")
+    bare = {"rmse": "RMSE", "mae": "MAE", "r2": "R²"}.get(bare, bare.replace("_", " ").replace("f1", "F1"))
+    return f"{task} {bare}".strip()
+
+
+def _amount(record: GateRecord, drop: float, sign: Literal["", "+"] = "") -> str:
+    """A drop in the unit of its metric: a fraction, or percent of an RMSE."""
+    return f"{100 * drop:{sign}.2f}%" if record.metric == "rmse" else f"{drop:{sign}.4f}"
+
+
 def _sentence(report: Report) -> str:
-    gate = report.gate
-    if gate is None:
+    if not report.gate:
         return f"No int8 variant was worth a gate; fp32 ships, equal to PyTorch within {report.parity.served:.1g}."
     tried = next(
         one.name for one in report.candidates if one.outcome in ("shipped", "not passed") and one.name != "fp32"
     )
-    verdict = (
-        f"Gate {gate.verdict}: {tried} lost {100 * gate.drop:.2f} points, at most {100 * gate.drop_upper:.2f} with "
-        f"{gate.confidence:.0%} confidence; the budget is {100 * gate.budget:.2f}."
-    )
-    if gate.verdict == "INCONCLUSIVE":
-        needed = f"about {gate.examples_needed} examples would decide" if gate.examples_needed else "no number decides"
-        verdict += f" With {gate.examples} examples that is undecided; {needed}."
-    return verdict if gate.verdict == "PASS" else f"{verdict} fp32 ships."
+    worst = gate.closest(report.gate)
+    several = f"{len(report.gate)} tasks, the closest to failing " if len(report.gate) > 1 else ""
+    verdict = f"Gate {worst.verdict}: {several}{describe(worst, tried)}."
+    if worst.verdict == "INCONCLUSIVE":
+        verdict += f" With {worst.examples} examples that is undecided; {needed(worst)}."
+    return verdict if worst.verdict == "PASS" else f"{verdict} fp32 ships."
+
+
+def describe(record: GateRecord, variant: str) -> str:
+    """What a gate record says, as a clause."""
+    task = f"{record.task}: " if record.task else ""
+    numbers = (100 * record.drop, 100 * record.drop_upper, 100 * record.budget)
+    if record.metric == "rmse":
+        change, most, budget = (f"{number:.2f}%" for number in numbers)
+        changed = f"{variant} raised the RMSE by {change}"
+    else:
+        change, most, budget = (f"{number:.2f}" for number in numbers)
+        of = "" if record.metric == "accuracy" else f" of {_words(record.metric)}"
+        changed = f"{variant} lost {change} points{of}"
+    return f"{task}{changed}, at most {most} with {record.confidence:.0%} confidence; the budget is {budget}"
+
+
+def needed(record: GateRecord) -> str:
+    """How many examples would decide an inconclusive record, as a clause."""
+    return f"about {record.examples_needed} examples would decide" if record.examples_needed else "no number decides"

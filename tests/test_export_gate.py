@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
+from scipy.stats import bootstrap
 
 from bundle.errors import GateFailed
 from export import gate
+from finetune.target import Target
+from tests.export_examples import TASKS
 
 
 def labels(lost, won, both=0, n=1000):
@@ -106,6 +109,107 @@ def test_a_model_at_the_budget_passes_in_one_of_twenty(n, discordant):
     passes = [gate.drop_bounds(lost, won, n, 0.95)[1] <= budget for lost, won in pairs]
 
     assert np.sum(counts * passes) / 4000 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 4000)
+
+
+def values(n, noise, seed=0):
+    """True values, those of a reference with errors of 1, and those of a candidate with some noise more."""
+    random = np.random.default_rng(seed)
+    truth = random.normal(10, 5, n)
+    reference = truth + random.normal(size=n)
+    return truth, reference, reference + noise * random.normal(size=n)
+
+
+def test_regression_bounds_are_the_percentiles_of_a_paired_bootstrap():
+    """scipy's bootstrap of the same statistic gives the same bounds, up to the chance of resampling."""
+    truth, reference, candidate = values(300, 0.3)
+    before, after = np.square(reference - truth), np.square(candidate - truth)
+
+    def increase(before, after, axis):
+        return np.sqrt(after.mean(axis=axis) / before.mean(axis=axis)) - 1
+
+    expected = bootstrap(
+        (before, after), increase, paired=True, method="percentile", confidence_level=0.9, rng=1
+    ).confidence_interval
+    assert gate.increase_bounds(before, after, 0.95) == pytest.approx(expected, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("noise", "budget", "verdict"), [(0, 0.01, "PASS"), (0.05, 0.01, "PASS"), (1, 0.01, "FAIL"), (0.15, 0.011, None)]
+)
+def test_regression_verdict_follows_the_relative_rmse(noise, budget, verdict):
+    """RMSEs are in the units of the target, the drop and its bound are relative to PyTorch's."""
+    truth, reference, candidate = values(500, noise)
+    record = gate.judge_regression(truth, reference, candidate, budget=budget)
+
+    assert record.metric == "rmse"
+    assert record.verdict == (verdict or "INCONCLUSIVE")
+    assert record.reference == pytest.approx(np.sqrt(np.mean((reference - truth) ** 2)))
+    assert record.served / record.reference == pytest.approx(1 + record.drop)
+    assert record.drop <= record.drop_upper
+    assert (record.examples_needed is None) == (verdict is not None)
+
+
+@pytest.mark.parametrize("n", [100, 400])
+def test_a_regression_at_the_budget_passes_in_about_one_of_twenty(n, monkeypatch):
+    """Simulated at a true increase equal to the budget, false passes are at most 6.5%, up to the simulation's error."""
+    monkeypatch.setattr(gate, "RESAMPLES", 1000)
+    budget = 0.01
+    noise = np.sqrt((1 + budget) ** 2 - 1)
+    passes = [gate.judge_regression(*values(n, noise, seed), budget=budget).verdict == "PASS" for seed in range(600)]
+    assert np.mean(passes) <= 0.065 + 3 * np.sqrt(0.065 * 0.935 / 600)
+
+
+def test_too_few_numbers_prove_nothing():
+    """The bootstrap knows no variation that it has not seen: below 50 examples even equal answers do not pass."""
+    truth, reference, _ = values(49, 0)
+    record = gate.judge_regression(truth, reference, reference, budget=0.01)
+    assert (record.verdict, record.drop, record.examples_needed) == ("INCONCLUSIVE", 0, 50)
+
+
+def test_a_perfect_reference_is_no_division_by_zero():
+    """Equal to the truth in both is no increase; any error beside no error is a failure."""
+    truth = np.arange(60.0)
+    assert gate.judge_regression(truth, truth, truth, budget=0.01).verdict == "PASS"
+    record = gate.judge_regression(truth, truth, truth + 1, budget=0.01)
+    assert record.verdict == "FAIL"
+    assert np.isfinite([record.drop, record.drop_upper]).all()
+
+
+def test_a_set_of_labels_is_right_as_a_whole():
+    """One wrong label makes the answer wrong, and a second one no wronger."""
+    truth = np.array([[0, 1], [1, 1], [0, 0], [1, 0]])
+    candidate = np.array([[0, 1], [1, 0], [1, 1], [1, 0]])
+    record = gate.judge(truth, truth, candidate, budget=0.01)
+    assert (record.metric, record.reference, record.served, record.disagreement) == ("exact_match", 1, 0.5, 0.5)
+
+
+def test_tasks_are_judged_each_on_what_is_known_of_it():
+    """What is not known of a task does not count for it, and the worst task speaks for the model."""
+    n = 400
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(n, 6)).astype(np.float32)
+    kinds = logits[:, :3].argmax(axis=1)
+    kinds[::4] = -1
+    tags = (logits[:, 3:5] >= 0).astype(np.float32)
+    tags[:100] = np.nan
+    sizes = logits[:, 5] * 2.0 + 3 + random.normal(size=n)
+    sizes[:340] = np.nan
+    targets = [
+        Target("kind", "multiclass", ("a", "b", "c"), kinds),
+        Target("tags", "multilabel", ("x", "y"), tags),
+        Target("size", "regression", (), sizes),
+    ]
+    worse = logits.copy()
+    worse[100:130, 3] *= -1
+    records = gate.judge_tasks(TASKS, targets, logits, worse, budget=0.05)
+
+    assert [record.examples for record in records] == [300, 300, 60]
+    assert [record.metric for record in records] == ["accuracy", "exact_match", "rmse"]
+    assert [record.task for record in records] == ["kind", "tags", "size"]
+    assert [record.verdict for record in records] == ["PASS", "FAIL", "PASS"]
+    assert records[1].drop == pytest.approx(0.1)
+    assert gate.closest(records) is records[1]
+    assert gate.judge_tasks(TASKS[:1], targets[:1], logits, worse, budget=0.05)[0].task is None
 
 
 def test_gate_failure_has_its_own_exit_code():

@@ -1,0 +1,124 @@
+"""Every kind of network becomes a graph with one output for each task, in fp32 and in int8, that computes the same."""
+
+from functools import cache
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from bundle import preprocess
+from bundle.errors import GateFailed
+from bundle.manifest import Regression
+from bundle.model import predict_logits
+from bundle.session import Session
+from export import graph, quantize
+from finetune import evaluate
+from tests.export_examples import KINDS, TASKS, tiny
+
+
+@cache
+def exported(kind):
+    """A network, its input, a hundred examples, and its graph."""
+    network, spec, rows = tiny(kind, count=100)
+    return network, spec, rows, graph.to_onnx(network, spec, TASKS, rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_task_is_an_output(kind):
+    """Names, shapes and values of all outputs, for batches of any size and rows of any length."""
+    network, spec, rows, fp32 = exported(kind)
+    session = Session(fp32, device="cpu", threads=1)
+    shapes = {output.name: output.shape for output in session.outputs}
+    inputs = [(tensor.name, tensor.datatype, tensor.shape) for tensor in session.inputs]
+    logits = predict_logits(session, spec, rows, batch_invariant=True)
+
+    assert shapes == {"kind.logits": (-1, 3), "tags.logits": (-1, 2), "size.logits": (-1, 1)}
+    assert inputs == [(tensor.name, tensor.datatype, tensor.shape) for tensor in preprocess.graph_inputs(spec)]
+    np.testing.assert_allclose(graph.joined(logits, TASKS), evaluate.logits(network, rows, spec), atol=1e-5)
+    assert graph.check_parity(fp32, network, spec, TASKS, rows).served < 1e-5
+
+
+def test_one_task_has_a_bare_output():
+    """The name of a single task is no part of the graph."""
+    network, spec, rows = tiny("vector", TASKS[2:])
+    session = Session(graph.to_onnx(network, spec, TASKS[2:], rows), device="cpu")
+    assert [(output.name, output.shape) for output in session.outputs] == [("logits", (-1, 1))]
+
+
+def test_nothing_is_in_the_graph_that_it_does_not_use():
+    """The network's own head, which the tasks' layers replace, leaves no weights behind."""
+    model = onnx.load_from_string(exported("image")[3])
+    used = {name for node in model.graph.node for name in node.input}
+    assert {tensor.name for tensor in model.graph.initializer} <= used
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fault_in_any_output_fails_parity(kind):
+    """One wrong weight of the last task's layer is caught, though the other tasks' logits are right."""
+    network, spec, rows, fp32 = exported(kind)
+    model = onnx.load_from_string(fp32)
+    node = next(node for node in model.graph.node if "size.logits" in node.output)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[1])
+    values = numpy_helper.to_array(tensor).copy()
+    values.flat[0] += 0.5
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    with pytest.raises(GateFailed, match="the exporter changes a logit"):
+        graph.check_parity(model.SerializeToString(), network, spec, TASKS, rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_int8(kind):
+    """Dense layers of every kind run in int8, dynamic and static, near the fp32 answers; only images need more."""
+    network, spec, rows, fp32 = exported(kind)
+    expected = evaluate.logits(network, rows, spec)
+    static = quantize.int8_static(fp32, spec, rows)
+    inputs = {tensor.name: tensor.shape for tensor in preprocess.graph_inputs(spec)}
+    for compiled in (static, quantize.int8_dynamic(fp32)):
+        session = Session(compiled, device="cpu", threads=1)
+        got = graph.joined(predict_logits(session, spec, rows, batch_invariant=False), TASKS)
+        error = np.sqrt(np.mean((got - expected) ** 2, axis=0)) / expected.std(axis=0)
+        assert error.max() < 0.15
+        assert {tensor.name: tensor.shape for tensor in session.inputs} == inputs
+
+    nodes = onnx.load_from_string(static).graph.node
+    dequantized = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
+    fed = {node.op_type for node in nodes if node.input and node.input[0] in dequantized}
+    assert fed >= {"Gemm"}
+    assert ("Conv" in fed) == (kind == "image")
+    assert "Mul" not in fed
+
+
+def test_invariance_looks_at_every_output():
+    """A graph of which one output follows the batch is found out."""
+    _, spec, rows, fp32 = exported("vector")
+    model = onnx.load_from_string(fp32)
+    assert graph.is_batch_invariant(Session(model.SerializeToString(), device="cpu", threads=1), spec, rows[:16])
+
+    node = next(node for node in model.graph.node if "size.logits" in node.output)
+    node.output[0] = "own"
+    model.graph.node.append(onnx.helper.make_node("ReduceMean", ["own"], ["mean"], keepdims=1))
+    model.graph.node.append(onnx.helper.make_node("Add", ["own", "mean"], ["size.logits"]))
+    assert not graph.is_batch_invariant(Session(model.SerializeToString(), device="cpu", threads=1), spec, rows[:16])
+
+
+def test_a_head_is_appended_task_by_task():
+    """The features' graph with a new head gives what the same head gives in PyTorch."""
+    network, spec, rows = tiny("words")
+    features = graph.to_onnx(network, spec, (), rows, features=True)
+    assert [output.name for output in Session(features, device="cpu").outputs] == [graph.FEATURES]
+
+    random = np.random.default_rng(0)
+    weight, bias = (random.normal(size=shape).astype(np.float32) for shape in ((6, 8), 6))
+    network.head.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
+    whole = graph.with_head(features, weight, bias, TASKS)
+    assert graph.check_parity(whole, network, spec, TASKS, rows).exported < 1e-4
+
+
+def test_constant_logits_are_no_failure():
+    """An output that is the same for all examples has no deviation to be held to, only float32's rounding."""
+    network, spec, rows = tiny("vector", (Regression(name="size", mean=0, std=1),))
+    network.head.load_state_dict({"weight": torch.zeros(1, 8), "bias": torch.tensor([0.3])})
+    tasks = (Regression(name="size", mean=0.0, std=1.0),)
+    assert graph.check_parity(graph.to_onnx(network, spec, tasks, rows), network, spec, tasks, rows).served == 0

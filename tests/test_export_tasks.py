@@ -1,0 +1,220 @@
+"""Several tasks of mixed kinds, some labels missing, from a checkpoint to a served answer that is proved."""
+
+import json
+
+import msgspec
+import numpy as np
+import pytest
+from rich.console import Console
+
+from bundle.errors import BundleError, DataError, GateFailed
+from bundle.manifest import to_json
+from bundle.model import load_model
+from edgeward import bundles
+from export import goldens, search
+from export.build import REPORT, ExportConfig, export_checkpoint
+from export.report import Report, render
+from finetune.checkpoint import load_checkpoint
+from finetune.data import load_dataset
+from finetune.target import Target
+from tests.export_examples import clock, write_mlp
+
+COLUMNS = ("kind", "tags:multilabel", "size:regression")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_mlp(tmp_path_factory.mktemp("tasks"), COLUMNS)
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory):
+    """The result of an export with every variant tried, int8-static-refit the fastest."""
+    out = tmp_path_factory.mktemp("bundles") / "tasks"
+    config = ExportConfig(checkpoint, out=out, max_drop=5, refit_head=True, threads=1)
+    return export_checkpoint(config, timer=clock(1.0, 0.9, 0.5, 0.4))
+
+
+def held_out(checkpoint):
+    """Raw examples of the gate split, and their targets."""
+    loaded = load_checkpoint(checkpoint)
+    splits = loaded.splits
+    dataset = load_dataset(splits.data, "vector", input_column=splits.input_columns, label_column=splits.label_columns)
+    indices = splits.indices(dataset, "gate")
+    return [dataset.raw(int(i)) for i in indices], [target.take(indices) for target in dataset.targets]
+
+
+def test_scores_are_those_of_the_served_answers(exported, checkpoint):
+    """Scikit-learn says the same of what the bundle answers, on the examples whose label is known."""
+    from sklearn import metrics
+
+    raws, (kinds, tags, sizes) = held_out(checkpoint)
+    answers = load_model(exported.bundle, device="cpu").predict(raws)
+    labels = np.array([kinds.labels.index(label.decode()) for label in answers["kind.label"][:, 0]])
+    known = kinds.known, tags.known, sizes.known
+    served = exported.report.served
+
+    assert [record.examples for record in exported.report.comparison] == [int(mask.sum()) for mask in known]
+    assert all(0 < mask.sum() < len(raws) for mask in known)
+    truth, answered = kinds.values[known[0]], labels[known[0]]
+    assert served["kind.accuracy"] == pytest.approx(metrics.accuracy_score(truth, answered))
+    assert served["kind.macro_f1"] == pytest.approx(metrics.f1_score(truth, answered, average="macro"))
+    truth, answered = tags.values[known[1]], answers["tags.predicted"][known[1]]
+    assert served["tags.exact_match"] == pytest.approx(metrics.accuracy_score(truth, answered))
+    assert served["tags.micro_f1"] == pytest.approx(metrics.f1_score(truth, answered, average="micro"))
+    truth, answered = sizes.values[known[2]], answers["size.value"][known[2], 0]
+    assert served["size.rmse"] == pytest.approx(metrics.root_mean_squared_error(truth, answered), rel=1e-5)
+    assert served["size.r2"] == pytest.approx(metrics.r2_score(truth, answered), rel=1e-5)
+    assert served["size.r2"] > 0.7
+
+
+def test_the_manifest_has_the_task_that_came_closest(exported):
+    """report.json has a gate record for every task, the manifest the worst of them."""
+    model = load_model(exported.bundle, device="cpu")
+    report = exported.report
+
+    assert [record.task for record in report.gate] == ["kind", "tags", "size"]
+    assert report.gate == report.comparison
+    assert model.variant.gate in report.gate
+    assert model.variant.gate.drop_upper == max(record.drop_upper for record in report.gate)
+    assert {name for golden in model.manifest.goldens for name in golden.logits[model.variant.name]} == {
+        "kind.logits",
+        "tags.logits",
+        "size.logits",
+    }
+    assert to_json(msgspec.json.decode((exported.bundle / REPORT).read_bytes(), type=Report)) == to_json(report)
+
+
+def test_provenance_repeats_the_command(exported, checkpoint):
+    """Every option that was given or holds by default is in the manifest, as it would be typed."""
+    command = exported.report.provenance.command
+    expected = "--version 1 --max-drop 5 --variant auto --calibration 200 --refit-head --threads 1"
+    assert " ".join(command) == f"edgeward export {checkpoint} --out {exported.bundle} {expected}"
+
+
+def test_both_heads_are_in_the_report(exported):
+    """What static int8 lost with and without a refitted head; of the two, that which lost more does not compete."""
+    static, refit = exported.report.candidates[2:]
+    worst = {one.name: max(one.selection_drop.values()) for one in (static, refit)}
+    shipped = min(worst, key=worst.get)
+
+    assert set(static.selection_drop) == set(refit.selection_drop) == {"kind.accuracy", "tags.exact_match", "size.rmse"}
+    assert exported.report.shipped == shipped
+    assert {one.outcome for one in (static, refit) if one.name != shipped} == {"less accurate"}
+
+
+def test_tables_name_every_task(exported):
+    """On the terminal: each task's metrics, the verdict, and what inspect says of the bundle."""
+    console = Console(width=240)
+    with console.capture() as capture:
+        console.print(render(exported.report))
+        console.print(bundles._render(load_model(exported.bundle, device="cpu").manifest))
+    text = capture.get()
+
+    for words in ("kind accuracy", "tags exact match", "size RMSE", "size R²", "Gate PASS: 3 tasks", "any of x, y"):
+        assert words in text
+    assert "vector of 6 numbers as 'features'" in text
+
+
+def test_one_failing_task_fails_the_model(checkpoint, tmp_path):
+    """A variant asked for by name must pass in all; the message names the task that did not."""
+    config = ExportConfig(
+        checkpoint, out=tmp_path / "b", variant="int8-static", max_drop=0.3, threads=1, report=tmp_path / "report.json"
+    )
+    with pytest.raises(GateFailed, match=r"(FAIL|INCONCLUSIVE): (kind|tags|size): .* No bundle was written"):
+        export_checkpoint(config, timer=clock(1.0, 0.5))
+
+    records = json.loads((tmp_path / "report.json").read_bytes())["gate"]
+    assert {record["verdict"] for record in records} - {"PASS"}
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("column", "metric"), [("tags:multilabel", "exact_match"), ("size:regression", "rmse"), ("kind", "accuracy")]
+)
+def test_one_task_has_bare_names(column, metric, tmp_path):
+    """Outputs, scores and records of a single task of any kind carry no prefix."""
+    checkpoint = write_mlp(tmp_path, (column,), widths=())
+    config = ExportConfig(checkpoint, out=tmp_path / "b", variant="int8-dynamic", max_drop=10, threads=1)
+    report = export_checkpoint(config, timer=clock(1.0, 0.5)).report
+
+    assert [(record.task, record.metric) for record in report.gate] == [(None, metric)]
+    assert set(report.candidates[0].selection_drop) == {metric}
+    assert metric in report.pytorch
+    assert list(report.certifiable) == [metric] * (metric != "rmse")
+    assert set(load_model(tmp_path / "b", device="cpu").manifest.goldens[0].logits["int8-dynamic"]) == {"logits"}
+
+
+def test_refit_recovers_what_int8_shifted(checkpoint):
+    """When the backbone's rounding moves all features, the old head suffers and the new one does not."""
+    from export import graph, quantize, refit
+
+    loaded = load_checkpoint(checkpoint)
+    dataset = load_dataset(
+        loaded.splits.data,
+        "vector",
+        input_column=loaded.splits.input_columns,
+        label_column=loaded.splits.label_columns,
+    )
+    calibration = list(search.calibration_rows(loaded, dataset, 200))
+    narrow = [row * np.float32(0.15) for row in calibration]  # ranges that real examples exceed: they are clipped
+    spec, tasks = loaded.spec.input, loaded.spec.tasks
+    split = search.reference_split(loaded, dataset, "gate")
+    plain = quantize.int8_static(graph.to_onnx(loaded.network, spec, tasks, calibration), spec, narrow)
+    errors = []
+    for compiled in (plain, refit.int8_static_refit(loaded, dataset, narrow)):
+        session = search.Session(compiled, device="cpu", threads=1)
+        logits = graph.joined(session.run(search.preprocess.collate(list(split.rows), spec)), tasks)
+        errors.append(search.gate.judge_tasks(tasks, split.targets, split.logits, logits, budget=0.05)[2])
+
+    plain_error, refitted = errors
+    assert plain_error.verdict == "FAIL"
+    assert refitted.drop < plain_error.drop / 2
+
+
+def test_a_split_without_a_task_is_an_error(checkpoint, tmp_path):
+    """Nothing can be said of a task whose labels are all missing from a held-out split."""
+    loaded = load_checkpoint(checkpoint)
+    dataset = load_dataset(
+        loaded.splits.data,
+        "vector",
+        input_column=loaded.splits.input_columns,
+        label_column=loaded.splits.label_columns,
+    )
+    gate = loaded.splits.indices(dataset, "gate")
+    dataset.targets[2].values[gate] = np.nan
+    options = {"variant": "auto", "refit_head": False, "budget": 0.01, "calibration": 10, "threads": 1}
+    with pytest.raises(DataError, match="the gate split holds 0 examples with a known 'size'"):
+        search.search(loaded, dataset, **options, timer=clock())
+
+
+def test_refitting_what_is_not_wanted_is_refused(checkpoint, tmp_path):
+    """--refit-head with another variant asked for by name would do nothing."""
+    config = ExportConfig(checkpoint, out=tmp_path / "b", variant="fp32", refit_head=True)
+    with pytest.raises(BundleError, match="int8-static-refit"):
+        export_checkpoint(config)
+
+
+def test_goldens_show_every_answer():
+    """Ranges of numbers, sets of labels, and of several tasks what is new in most of them."""
+    n = 80
+    random = np.random.default_rng(0)
+    sizes = random.normal(size=n)
+    sizes[:5] = np.nan
+    tags = random.integers(0, 2, (n, 2)).astype(np.float32)
+    kinds = np.zeros(n, np.int64)
+    kinds[-2:] = 1
+
+    def picked(*targets):
+        return goldens.pick(search.Split([], targets, np.zeros((n, 1)), np.arange(n)))
+
+    size = Target("size", "regression", (), sizes)
+    tag = Target("tags", "multilabel", ("x", "y"), tags)
+    kind = Target("kind", "multiclass", ("a", "b"), kinds)
+    edges = np.quantile(sizes[5:], np.arange(1, 8) / 8)
+    ranges = np.searchsorted(edges, sizes[picked(size)])
+
+    assert len(set(ranges.tolist())) >= 7
+    assert len({tuple(tags[i]) for i in picked(tag)[:4]}) == 4
+    assert set(kinds[picked(kind)[:2]]) == {0, 1}
+    assert {78, 79} & set(picked(kind, tag, size))
