@@ -6,7 +6,17 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from bundle.manifest import GateRecord, Manifest, Regression
+from bundle.manifest import (
+    GateRecord,
+    Input,
+    Manifest,
+    Multilabel,
+    Regression,
+    Task,
+    TextInput,
+    VectorInput,
+    WordsInput,
+)
 from bundle.model import load_model
 from bundle.session import Device
 from bundle.store import open_bundle
@@ -51,12 +61,9 @@ def _render(manifest: Manifest) -> Group:
     facts = Table(title=f"{manifest.name} version {manifest.version}", show_header=False)
     facts.add_column()
     facts.add_column()
-    facts.add_row(
-        "input", f"{type(manifest.input).__name__.removesuffix('Input').lower()} as {manifest.input.column!r}"
-    )
+    facts.add_row("input", _input(manifest.input))
     for task in manifest.tasks:
-        labels = "one number" if isinstance(task, Regression) else ", ".join(task.labels)
-        facts.add_row(task.name, labels)
+        facts.add_row(task.name, _task(task))
     origin = manifest.provenance
     facts.add_row("model", origin.model)
     facts.add_row("data", f"{origin.data} ({origin.data_sha256[:12]})")
@@ -80,10 +87,31 @@ def _render(manifest: Manifest) -> Group:
     return Group(facts, variants)
 
 
+def _input(spec: Input) -> str:
+    kind = type(spec).__name__.removesuffix("Input").lower()
+    match spec:
+        case TextInput(pair=str(pair)):
+            return f"pair of texts as {spec.column!r} and {pair!r}"
+        case WordsInput():
+            return f"words by {spec.segmenter} as {spec.column!r}"
+        case VectorInput():
+            return f"vector of {spec.size} numbers as {spec.column!r}"
+        case _:
+            return f"{kind} as {spec.column!r}"
+
+
+def _task(task: Task) -> str:
+    if isinstance(task, Regression):
+        return f"one number, {task.mean:.4g} ± {task.std:.4g}"
+    return f"{'any of ' if isinstance(task, Multilabel) else ''}{', '.join(task.labels)}"
+
+
 def _gate(record: GateRecord | None, parity: float) -> str:
     if record is None:
         return f"parity within {parity:.1g}"
+    metric = f"{record.task}.{record.metric}" if record.task else record.metric
+    drop = "increase" if record.metric == "rmse" else "drop"
     return (
-        f"{record.verdict}: {record.metric} {record.reference:.4f} -> {record.served:.4f} on "
-        f"{record.examples} examples, drop at most {record.drop_upper:.4f} of {record.budget:.4f}"
+        f"{record.verdict}: {metric} {record.reference:.4f} -> {record.served:.4f} on "
+        f"{record.examples} examples, {drop} at most {record.drop_upper:.4f} of {record.budget:.4f}"
     )

@@ -1,7 +1,9 @@
 """`edgeward finetune` and `edgeward export`."""
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
+import numpy as np
 from cyclopts import Parameter
 from rich.console import Group
 from rich.table import Table
@@ -12,23 +14,61 @@ from edgeward.result import give
 
 try:
     from export.build import ExportConfig, export_checkpoint
+    from export.preflight import EXAMPLES
+    from export.preflight import preflight as check
     from export.report import render
-    from finetune.train import TrainConfig, TrainResult, train
+    from finetune.loader import EncodedRows
+    from finetune.parallel import world
+    from finetune.train import Job, TrainConfig, TrainResult, prepare, run
 except ImportError as error:
     raise MissingExtra(
         f"{error.name} is not installed. On the machine that trains and exports: pip install 'edgeward[export,cpu]'."
     ) from error
 
+MOST_COLUMNS = 9  # of the table; --json gives all
 
-def finetune(config: Annotated[TrainConfig, Parameter(name="*")], *, json: bool = False) -> None:
+
+def finetune(
+    config: Annotated[TrainConfig, Parameter(name="*")],
+    *,
+    max_latency_ms: float | None = None,
+    preflight: bool = True,
+    json: bool = False,
+) -> None:
     """Adapt a pretrained model to labelled data and write a checkpoint.
 
     Args:
         config: see TrainConfig.
+        max_latency_ms: refuse, before the first epoch, a model that takes longer for one example on this machine.
+        preflight: before training more than a head, export the model, try int8, and measure its latency.
         json: give the result as one JSON object.
     """
-    result = train(config)
-    give(result, _render(result), json=json)
+    with world() as ours:
+        job = prepare(config, ours)
+        wanted = max_latency_ms is not None or job.strategy != "probe"
+        if preflight and wanted and ours.rank == 0:
+            _check_job(job, max_latency_ms)
+        result = run(job)
+    if ours.rank == 0:
+        give(result, _render(result), json=json)
+
+
+def _check_job(job: Job, max_latency_ms: float | None) -> None:
+    """Hold a prepared job to export's pre-flight, on training examples.
+
+    Raises:
+        GateFailed: its network cannot be exported, or is too slow.
+    """
+    picked = np.random.default_rng(0).permutation(job.indices("train"))[:EXAMPLES]
+    rows = EncodedRows(job.dataset, picked, job.encode)
+    check(
+        job.network,
+        job.pretrained.input,
+        job.tasks,
+        rows,
+        max_latency_ms=max_latency_ms,
+        threads=job.config.threads,
+    )
 
 
 def export(config: Annotated[ExportConfig, Parameter(name="*")], *, json: bool = False) -> None:
@@ -43,19 +83,46 @@ def export(config: Annotated[ExportConfig, Parameter(name="*")], *, json: bool =
 
 
 def _render(result: TrainResult) -> Group:
-    names = list(result.history[0])
-    table = Table(title="on the validation split")
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in result.history:
-        kept = all(result.metrics.get(name, row[name]) == row[name] for name in names)
-        table.add_row(*(f"{row[name]:.4g}" for name in names), style="bold" if kept else "")
+    tables = [_history(result)]
+    if result.rungs:
+        tables.append(_table("rungs", result.rungs))
+    metrics = ", ".join(f"{_words(name)} {value:.4f}" for name, value in result.metrics.items())
     counts = ", ".join(f"{count} {split}" for split, count in result.examples.items())
     return Group(
-        table,
+        *tables,
         Text(
-            f"{result.out}: validation accuracy {result.metrics['accuracy']:.4f}, macro F1 "
-            f"{result.metrics['macro_f1']:.4f}; {result.trainable_parameters:,} of {result.total_parameters:,} "
-            f"parameters trained in {result.seconds:.0f} s; examples: {counts}."
+            f"{result.out}: by {result.strategy}, on validation {metrics}; {result.trainable_parameters:,} of "
+            f"{result.total_parameters:,} parameters trained in {result.seconds:.0f} s; examples: {counts}."
         ),
     )
+
+
+def _history(result: TrainResult) -> Table:
+    """Epochs or penalties; the one whose metrics are those of the weights that were written is bold."""
+    shared = [name for name in result.metrics if any(name in row for row in result.history)]
+    kept = [bool(shared) and all(row.get(name) == result.metrics[name] for name in shared) for row in result.history]
+    return _table("on the validation split", result.history, kept)
+
+
+def _table(title: str, rows: Sequence[Mapping[str, float | str]], bold: Sequence[bool] = ()) -> Table:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    if len(columns) > MOST_COLUMNS:  # of several tasks: of each its first metric
+        first: dict[str, str] = {}
+        for name in columns:
+            first.setdefault(name.rpartition(".")[0] or f".{name}", name)
+        columns = list(first.values())
+    table = Table(title=title)
+    for name in columns:
+        table.add_column(_words(name), justify="right")
+    for i, row in enumerate(rows):
+        style = "bold" if i < len(bold) and bold[i] else ""
+        table.add_row(*(_cell(row.get(name, "")) for name in columns), style=style)
+    return table
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("f1", "F1")
+
+
+def _cell(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
