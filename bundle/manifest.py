@@ -9,7 +9,8 @@ from typing import Literal
 import msgspec
 
 FORMAT = "edgeward-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # as written
+READ_VERSIONS = (1, 2)
 MAX_SIDE = 8192  # of a resized image's shorter side
 MAX_NUMBERS = 1 << 20  # of a vector
 
@@ -138,16 +139,16 @@ class GateRecord(Record, frozen=True, kw_only=True):
     """How a variant's accuracy on the gate split compares with PyTorch's, example by example."""
 
     verdict: Verdict
-    task: str | None = None  # of several; a variant's record is that of the task that came closest to failing
-    metric: str
+    task: str | None = None  # of several, the one that came closest to failing
+    metric: str  # accuracy or exact_match, fractions; rmse, in the unit of the task
     examples: int
-    reference: float  # the metric in PyTorch, a fraction
+    reference: float  # the metric in PyTorch
     served: float  # the metric of the variant
-    drop: float  # reference - served
+    drop: float  # reference - served; of rmse (served - reference) / reference
     drop_upper: float  # one-sided upper confidence bound of the drop
     budget: float  # largest drop that passes
     confidence: float
-    disagreement: float  # fraction of examples whose predicted label differs
+    disagreement: float  # fraction of examples whose prediction differs
     examples_needed: int | None  # that would decide, if the rates stay as seen; none when decided, or at the budget
 
 

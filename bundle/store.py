@@ -17,7 +17,7 @@ import msgspec
 
 from bundle import outputs
 from bundle.errors import BundleDamaged, BundleError, BundleUnsupported, OutputExists
-from bundle.manifest import FORMAT, FORMAT_VERSION, FileEntry, Manifest, Regression, Task, to_json
+from bundle.manifest import FORMAT, FORMAT_VERSION, READ_VERSIONS, FileEntry, Manifest, Regression, Task, to_json
 
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
@@ -86,12 +86,12 @@ def list_files(directory: Path) -> dict[str, FileEntry]:
 
 
 def seal(directory: Path, manifest: Manifest) -> None:
-    """Write the manifest, with every file now in the directory in it, and last its digest.
+    """Write the manifest, of the newest version and with every file now in the directory in it, and last its digest.
 
     Raises:
         BundleError: the result could not be opened: a name that no file may have, a NaN, a golden example left out.
     """
-    data = to_json(msgspec.structs.replace(manifest, files=list_files(directory)))
+    data = to_json(msgspec.structs.replace(manifest, format_version=FORMAT_VERSION, files=list_files(directory)))
     if len(data) > MAX_MANIFEST_BYTES:
         raise BundleUnsupported(
             f"{directory / MANIFEST} would have {len(data)} bytes; the limit is {MAX_MANIFEST_BYTES}."
@@ -153,10 +153,10 @@ def _parse(path: Path, data: bytes) -> Manifest:
         header = json.loads(data, object_pairs_hook=_object)
         if header.get("format") != FORMAT:
             raise BundleUnsupported(f"{path / MANIFEST} has format {header.get('format')!r}, not {FORMAT!r}.")
-        if header.get("format_version") != FORMAT_VERSION:
+        if header.get("format_version") not in READ_VERSIONS:
             raise BundleUnsupported(
-                f"{path} has bundle format version {header.get('format_version')!r}; "
-                f"this edgeward reads version {FORMAT_VERSION} (docs/bundle-format.md)."
+                f"{path} has bundle format version {header.get('format_version')!r}; this edgeward reads versions "
+                f"{', '.join(map(str, READ_VERSIONS))} (docs/bundle-format.md)."
             )
         manifest = msgspec.json.decode(data, type=Manifest)
         _check(manifest)

@@ -17,10 +17,10 @@ from bundle.model import load_model
 from bundle.store import DIGEST, MANIFEST, list_files, new_directory, open_bundle, seal
 
 ROOT = Path(__file__).parents[1]
-FORMAT_1 = sorted((Path(__file__).parent / "golden").glob("format-1-*"))
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("format-*"))
 
 
-@pytest.fixture(params=FORMAT_1, ids=[path.name for path in FORMAT_1])
+@pytest.fixture(params=GOLDEN, ids=[path.name for path in GOLDEN])
 def path(request, tmp_path):
     return Path(shutil.copytree(request.param, tmp_path / "bundle"))
 
@@ -127,8 +127,9 @@ def test_others_can_read_the_result(tmp_path):
 
 
 def test_sealing_again_gives_the_same_bundle(path):
-    """A manifest that is already there is replaced and not listed."""
-    seal(path, open_bundle(path).manifest)  # as this version writes it, defaults of newer keys included
+    """A manifest that is already there is replaced, by one of the newest version, and not listed."""
+    seal(path, open_bundle(path).manifest)
+    assert open_bundle(path).manifest.format_version == types.FORMAT_VERSION
     before = {each: each.read_bytes() for each in path.rglob("*") if each.is_file()}
     seal(path, open_bundle(path).manifest)
 
@@ -191,11 +192,11 @@ def test_not_a_number_cannot_be_sealed(text):
 # Opening: every byte is as it was sealed.
 
 
-def test_bundles_of_format_1_open_for_ever(path):
+def test_bundles_of_every_version_open_for_ever(path, request):
     """What an earlier version wrote is read, and starts."""
     bundle = open_bundle(path)
 
-    assert bundle.manifest.format_version == 1
+    assert f"format-{bundle.manifest.format_version}-" in request.node.name
     assert bundle.manifest.files == {
         name: found for name, found in list_files(path).items() if name not in (MANIFEST, DIGEST)
     }
@@ -411,6 +412,9 @@ WRONG = [
     (["variants", 0, "tolerance"], -1),
     (["variants", 0, "tolerance"], None),
     (["variants", 0, "device"], "tpu"),
+    (["input", "pair"], ""),
+    (["input", "pair"], "text"),
+    (["variants", 0, "gate"], {}),
     (["goldens"], []),
     (["goldens", 0, "logits"], {}),
     (["goldens", 0, "logits", "fp32"], {}),
@@ -431,6 +435,60 @@ def test_impossible_manifest_is_refused(text, where, value):
 
     with pytest.raises(BundleDamaged, match=re.escape(str(text))):
         open_bundle(text)
+
+
+WORDS = {"type": "words", "column": "t", "segmenter": "jieba", "lowercase": True, "max_words": 4, "buckets": [2, 4]}
+VECTOR = {"type": "vector", "column": "v", "size": 2}
+
+
+@pytest.mark.parametrize(
+    ("spec", "wrong"),
+    [
+        *[
+            (WORDS, wrong)
+            for wrong in (
+                {"segmenter": "other"},
+                {"lowercase": 1},
+                {"hmm": None},
+                {"buckets": []},
+                {"max_words": 3},
+                {"max_bytes": 0},
+                {"names": []},
+            )
+        ],
+        *[
+            (VECTOR, wrong)
+            for wrong in ({"size": 0}, {"size": 2**20 + 1}, {"size": 10**400}, {"names": ["one"]}, {"hmm": True})
+        ],
+    ],
+)
+def test_impossible_input_is_refused(text, spec, wrong):
+    """Of every type of input, what no example could be."""
+    sealed = read_manifest(text)
+    sealed["input"] = spec
+    write_manifest(text, sealed)
+    assert open_bundle(text).manifest.input.column == spec["column"]
+
+    sealed["input"] = spec | wrong
+    write_manifest(text, sealed)
+    with pytest.raises(BundleDamaged, match=r"manifest\.json is not a manifest"):
+        open_bundle(text)
+
+
+def test_gate_is_of_a_task_that_there_is(text):
+    """A record of several tasks says which it is of."""
+    sealed = open_bundle(text).manifest
+    record = types.GateRecord(
+        verdict="PASS", task="mood", metric="accuracy", examples=100, reference=0.9, served=0.9, drop=0.0,
+        drop_upper=0.01, budget=0.02, confidence=0.95, disagreement=0.0, examples_needed=None,
+    )  # fmt: skip
+    gated = [msgspec.structs.replace(sealed.variants[0], gate=msgspec.structs.replace(record, task=task))
+             for task in ("mood", "other")]  # fmt: skip
+    seal(text, msgspec.structs.replace(sealed, variants=(gated[0],)))
+    assert open_bundle(text).manifest.variants[0].gate == record
+
+    with pytest.raises(BundleDamaged, match="of a task that there is not"):
+        seal(text, msgspec.structs.replace(sealed, variants=(gated[1],)))
 
 
 @pytest.mark.parametrize("twice", ["variants", "tasks"])
@@ -481,7 +539,7 @@ def test_key_that_occurs_twice_is_refused(text):
         open_bundle(text)
 
 
-@pytest.mark.parametrize("version", [0, 2, 99, "1", None, True, 1.5])
+@pytest.mark.parametrize("version", [0, 3, 99, "1", None, True, 1.5])
 def test_other_format_version_is_unsupported(text, version):
     """A format that this version does not know is said to be one, before anything else of it is read."""
     sealed = {"format": "edgeward-bundle", "format_version": version, "whatever": {"comes": "next"}}
