@@ -56,11 +56,15 @@ def batches(
         The positions, and the graph's inputs by name.
     """
     workers = cpu_count()
+    cuda = device.type == "cuda"
 
-    def make(positions: np.ndarray) -> dict[str, np.ndarray]:
-        return collate([rows[int(i)] for i in positions], spec)
+    def make(positions: np.ndarray) -> dict[str, torch.Tensor]:
+        arrays = collate([rows[int(i)] for i in positions], spec)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return {name: tensor.pin_memory() for name, tensor in tensors.items()} if cuda else tensors
 
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         ahead = deque((positions, pool.submit(make, positions)) for positions in plan[: workers + 1])
         rest = iter(plan[workers + 1 :])
         while ahead:
@@ -68,5 +72,6 @@ def batches(
             for following in rest:
                 ahead.append((following, pool.submit(make, following)))
                 break
-            tensors = {name: torch.from_numpy(value).to(device) for name, value in future.result().items()}
-            yield positions, tensors
+            yield positions, {name: value.to(device, non_blocking=cuda) for name, value in future.result().items()}
+    finally:
+        pool.shutdown(cancel_futures=True)

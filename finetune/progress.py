@@ -1,13 +1,21 @@
 """Progress bars on standard error, when that is a terminal."""
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
-    """The items, counted on a bar with rate and time left."""
+def track(items: Iterable[T], total: int, description: str, done: int = 0) -> Iterator[T]:
+    """The items, counted on a bar with rate and time left; of several processes the first has one.
+
+    Args:
+        items: what is left to do.
+        total: how many there are with those that are done.
+        description: what is done with them.
+        done: how many were done before.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
     from rich.progress import TimeRemainingColumn as TimeLeft
@@ -19,8 +27,9 @@ def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeLeft())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(description, total=total)
+    shown = console.is_terminal and os.environ.get("RANK", "0") == "0"
+    with Progress(*columns, console=console, disable=not shown) as progress:
+        task = progress.add_task(description, total=total, completed=done)
         for item in items:
             yield item
             progress.advance(task)

@@ -16,7 +16,6 @@ from bundle.manifest import TextInput
 from finetune import evaluate
 from finetune.checkpoint import load_checkpoint
 from finetune.data import load_dataset
-from finetune.full import data_order, rate_factor
 from finetune.loader import EncodedRows
 from finetune.pretrained import open_model
 from finetune.train import TrainConfig, train
@@ -157,29 +156,6 @@ def test_seed_changes_the_result(place, tmp_path, tuned):
     other, one = load_checkpoint(tmp_path / "other"), load_checkpoint(tuned.out)
     assert other.splits.assignment != one.splits.assignment
     assert not torch.equal(other.network.head.weight, one.network.head.weight)
-
-
-def test_order_is_a_function_of_seed_and_epoch():
-    """Each epoch has its own permutation of all examples, and it does not depend on what was drawn before."""
-    orders = {(seed, epoch): data_order(seed, epoch, 1000) for seed in (0, 1) for epoch in (0, 1, 2)}
-
-    assert len({order.tobytes() for order in orders.values()}) == 6
-    for key, order in orders.items():
-        np.testing.assert_array_equal(np.sort(order), np.arange(1000))
-        np.random.default_rng().random()
-        np.testing.assert_array_equal(data_order(*key, 1000), order)
-    assert data_order(0, 0, 10).tolist() == [4, 6, 2, 7, 3, 5, 9, 0, 8, 1]
-
-
-def test_learning_rate_rises_and_falls():
-    """It rises evenly to its peak at the end of the warm-up, then falls evenly towards zero."""
-    factors = [rate_factor(step, 100, 0.1) for step in range(100)]
-
-    assert max(factors) == factors[10] == 1.0
-    assert np.allclose(np.diff(factors[:10]), np.diff(factors[:10])[0])
-    assert np.allclose(np.diff(factors[10:]), -1 / 90)
-    assert min(factors) > 0
-    assert rate_factor(0, 3, 0.0) == 1.0
 
 
 def test_frozen_means_frozen(probed, place):
