@@ -104,12 +104,16 @@ def fit(
     evaluate.check_metric(recipe.metric or evaluate.main_metric(objective.tasks), objective.tasks)
     if recipe.mixup and not isinstance(spec, ImageInput):
         raise DataError(f"mixup {recipe.mixup} is for images, and these examples are none.")
-    freeze(network.to(device), trainable)
+    network.to(device)
+    if isinstance(spec, ImageInput):
+        network.to(memory_format=torch.channels_last)  # as the pixels come
+    freeze(network, trainable)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         training = _Training(
             network, train, validation, spec, objective, recipe, device, world or World(), progress, rows_of_epoch
         )
         training.run()
+    network.to(memory_format=torch.contiguous_format)
     return training.history
 
 
@@ -198,7 +202,7 @@ class _Training:
             ready: gives the same batches, this process's positions and inputs.
         """
         self._set_rate()
-        torch.manual_seed(torch_seed(self.recipe.seed, DROPOUT, self.step, self.world.rank))
+        self._seed_dropout()
         everyone = np.concatenate(planned)
         counts = self.objective.counts([target[everyone] for target in self.targets])
         for number, batch in enumerate(planned):
@@ -216,6 +220,14 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.weights.update_average(self.step, self.recipe.ema)
+
+    def _seed_dropout(self) -> None:
+        """Seed the one generator that dropout draws from: torch.manual_seed seeds those of all devices, and is slow."""
+        seed = torch_seed(self.recipe.seed, DROPOUT, self.step, self.world.rank)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
 
     def _set_rate(self) -> None:
         rate = self.recipe.rate(self.step, self.steps * self.recipe.epochs)

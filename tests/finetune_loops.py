@@ -59,7 +59,8 @@ def image_network(columns=2, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         blocks = [
-            nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in ((3, 4), (4, 6))
+            nn.Sequential(nn.Conv2d(before, after, size, padding="same"), nn.BatchNorm2d(after), nn.ReLU())
+            for before, after, size in ((3, 4, 3), (4, 6, 1))
         ]
         backbone = nn.Sequential(*blocks, nn.Dropout(0.2), nn.AdaptiveAvgPool2d(2), nn.Flatten())
         return ImageNetwork(backbone, 24, columns, IMAGE)
