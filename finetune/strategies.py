@@ -39,6 +39,7 @@ class Outcome:
 
     logits: np.ndarray  # float32 (N, C), of the validation split
     history: tuple[Row, ...]  # per epoch, or per L2 penalty
+    kept: Row  # which of them: `epoch`, or `l2`, of several tasks one each
     trained: int  # parameters
     rungs: tuple[dict[str, str | float], ...] = ()
 
@@ -91,7 +92,9 @@ def _probe(job: Job) -> Outcome:
         network.head.weight.copy_(torch.from_numpy(head.weight))
         network.head.bias.copy_(torch.from_numpy(head.bias))
         logits = network.head(torch.from_numpy(held_out)).numpy()
-    return Outcome(logits, head.trials, sum(p.numel() for p in network.head.parameters()))
+    names = ["l2"] if len(job.tasks) == 1 else [f"{task.name}.l2" for task in job.tasks]
+    kept = dict(zip(names, head.l2, strict=True))
+    return Outcome(logits, head.trials, kept, sum(p.numel() for p in network.head.parameters()))
 
 
 def _train(job: Job, name: str, trainable: Sequence[str], rate: float = 1.0) -> Outcome:
@@ -122,7 +125,14 @@ def _train(job: Job, name: str, trainable: Sequence[str], rate: float = 1.0) -> 
     logits = sharded_logits(job.world, job.network, held_out.rows, spec, config.batch_size, job.device)
     job.network.cpu()
     named = dict(job.network.named_parameters())
-    return Outcome(logits, tuple(history), sum(named[one].numel() for one in trainable))
+    kept = {"epoch": best_epoch(history, recipe.metric or evaluate.main_metric(job.tasks))["epoch"]}
+    return Outcome(logits, tuple(history), kept, sum(named[one].numel() for one in trainable))
+
+
+def best_epoch(history: Sequence[Row], metric: str) -> Row:
+    """The epoch that the loop kept: the best by the metric, of equals that with the least loss, of equals the first."""
+    sign = 1 if evaluate.better(metric, 1.0, 0.0) else -1
+    return max(history, key=lambda epoch: (sign * epoch[metric], -epoch["loss"]))
 
 
 def progress_folder(out: Path) -> Path:

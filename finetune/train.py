@@ -127,14 +127,20 @@ def _determinism(wanted: bool) -> Iterator[None]:
 def run(job: Job) -> TrainResult:
     """Train a prepared job and write its checkpoint. Raises as train does."""
     start = time.perf_counter()
-    with _seeded(job.config.seed), _determinism(job.config.deterministic):
-        outcome = adapt(job, job.strategy)
+    unfinished = progress_folder(job.config.out)
+    try:
+        with _seeded(job.config.seed), _determinism(job.config.deterministic):
+            outcome = adapt(job, job.strategy)
+    except KeyboardInterrupt:
+        if unfinished.exists():
+            log.info("go on with --resume", kept=str(unfinished))
+        raise
     validation = job.targets(job.indices("validation"))
     metrics = evaluate.score(job.tasks, outcome.logits, validation, job.dataset.weights)
     result = TrainResult(
         out=job.config.out,
         strategy=job.strategy,
-        metrics=metrics,
+        metrics={**metrics, **outcome.kept},
         history=outcome.history,
         rungs=outcome.rungs,
         trainable_parameters=outcome.trained,

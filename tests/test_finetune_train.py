@@ -17,8 +17,7 @@ from finetune import evaluate
 from finetune.checkpoint import load_checkpoint
 from finetune.data import load_dataset
 from finetune.loader import EncodedRows
-from finetune.pretrained import open_model
-from finetune.train import TrainConfig, train
+from finetune.train import TrainConfig, prepare, train
 from tests.finetune_examples import write_bert, write_digits, write_factory, write_tweets
 
 
@@ -70,7 +69,8 @@ def validation_logits(checkpoint):
     dataset = load_dataset(checkpoint.splits.data, modality)
     indices = checkpoint.splits.indices(dataset, "validation")
     rows = EncodedRows(dataset, indices, checkpoint.encode)
-    return evaluate.logits(checkpoint.network, rows, checkpoint.spec.input), dataset.labels[indices]
+    targets = [target.take(indices) for target in dataset.targets]
+    return evaluate.logits(checkpoint.network, rows, checkpoint.spec.input), targets
 
 
 def test_probe_learns_digits(probed):
@@ -98,7 +98,7 @@ def test_checkpoint_gives_the_metrics_that_were_reported(kind, request):
     """A checkpoint that is loaded anew has the accuracy, F1 and loss that its training reported."""
     result = request.getfixturevalue(kind)
     checkpoint = load_checkpoint(result.out)
-    measured = evaluate.score(*validation_logits(checkpoint))
+    measured = evaluate.score(checkpoint.spec.tasks, *validation_logits(checkpoint))
 
     for name in ("accuracy", "macro_f1", "loss"):
         assert measured[name] == pytest.approx(result.metrics[name], rel=1e-5)
@@ -127,12 +127,13 @@ def test_loading_is_exact_and_needs_nothing_else(kind, request, place, tmp_path)
 
 def test_files_are_those_of_the_format(tuned, probed):
     """The directory holds what docs/checkpoint-format.md lists, and nothing that was left beside it."""
-    common = ["checkpoint.json", "checkpoint.sha256", "splits.json", "weights.safetensors"]
-    assert sorted(p.name for p in tuned.out.iterdir()) == sorted([*common, "config.json", "tokenizer.json"])
-    assert sorted(p.name for p in probed.out.iterdir()) == sorted([*common, "factory.py"])
+    sealed = ["report.html", "run.json", "splits.json", "weights.safetensors"]
+    own = ["checkpoint.json", "checkpoint.sha256"]
+    assert sorted(p.name for p in tuned.out.iterdir()) == sorted([*own, *sealed, "config.json", "tokenizer.json"])
+    assert sorted(p.name for p in probed.out.iterdir()) == sorted([*own, *sealed, "factory.py"])
     assert [p.name for p in tuned.out.parent.iterdir()] == ["checkpoint"]
     spec = json.loads((tuned.out / "checkpoint.json").read_text())
-    assert sorted(spec["files"]) == sorted(["config.json", "splits.json", "tokenizer.json", "weights.safetensors"])
+    assert sorted(spec["files"]) == sorted([*sealed, "config.json", "tokenizer.json"])
     assert spec["provenance"]["config"]["strategy"] == "full"
 
 
@@ -158,12 +159,11 @@ def test_seed_changes_the_result(place, tmp_path, tuned):
     assert not torch.equal(other.network.head.weight, one.network.head.weight)
 
 
-def test_frozen_means_frozen(probed, place):
+def test_frozen_means_frozen(probed, place, tmp_path):
     """The probe changes nothing of the backbone, the running means of its normalisation included."""
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the factory's weights are random; training seeds them so
-        original = open_model(f"python:{place / 'tiny_models.py'}:tiny", column=None, max_length=1, image_size=None,
-                              pooling="mean", weights="default")  # fmt: skip
+        original = prepare(digits_config(place, tmp_path / "none")).pretrained
     kept = load_checkpoint(probed.out).network.backbone.state_dict()
 
     assert any("running_mean" in name for name in kept)
@@ -171,10 +171,9 @@ def test_frozen_means_frozen(probed, place):
         assert torch.equal(tensor, kept[name]), name
 
 
-def test_full_training_reaches_every_weight(tuned, place):
+def test_full_training_reaches_every_weight(tuned, place, tmp_path):
     """No tensor of the encoder is as it was."""
-    original = open_model(f"transformers:{place / 'bert'}", column=None, max_length=32, image_size=None, pooling="mean",
-                          weights="default")  # fmt: skip
+    original = prepare(tweets_config(place, tmp_path / "none")).pretrained
     kept = load_checkpoint(tuned.out).network.backbone.state_dict()
     same = [name for name, tensor in original.backbone.named_parameters() if torch.equal(tensor, kept[name])]
 

@@ -74,7 +74,7 @@ def test_four_commands_from_images_to_an_answer(tmp_path, serving):
     assert "digits version 1" in shown
     assert report["shipped"] in shown
     verified, _ = edgeward("verify", tmp_path / "digits-1")
-    assert "8 golden examples reproduced" in verified
+    assert "8 golden examples reproduced" in " ".join(verified.split())
 
 
 def test_raw_text_is_answered_as_the_bundle_answers(text_bundle, serving):
@@ -135,11 +135,11 @@ def test_gate_failure_exits_with_3(unproved_checkpoint, tmp_path):
 
     assert "No bundle was written" in log
     assert not (tmp_path / "b").exists()
-    assert json.loads((tmp_path / "report.json").read_bytes())["gate"]["verdict"] in ("FAIL", "INCONCLUSIVE")
+    assert json.loads((tmp_path / "report.json").read_bytes())["gate"][0]["verdict"] != "PASS"
 
 
-def test_interrupted_training_leaves_nothing(tmp_path):
-    """Ctrl-C: exit 130, one line, no half-written checkpoint."""
+def test_interrupted_training_can_go_on(tmp_path):
+    """Ctrl-C: exit 130, no half-written checkpoint, and beside it what --resume needs."""
     data, factory = write_digits(tmp_path / "digits", 600), write_factory(tmp_path)
     command = [
         "finetune",
@@ -168,7 +168,10 @@ def test_interrupted_training_leaves_nothing(tmp_path):
     assert process.wait(60) == 130
     assert "interrupted" in log
     assert "Traceback" not in log
-    assert sorted(os.listdir(tmp_path)) == ["digits", "tiny_models.py"]
+    assert "--resume" in log
+    assert sorted(os.listdir(tmp_path)) == ["c.progress", "digits", "tiny_models.py"]
+    _, log = edgeward(*command, check=1)
+    assert "holds an unfinished training" in log
 
 
 def test_help_is_quick_and_complete():
