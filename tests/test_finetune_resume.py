@@ -149,6 +149,35 @@ def test_a_finished_training_is_not_trained_again(tmp_path):
     assert not [name for name in weights if not torch.equal(weights[name], same[name])]
 
 
+def test_the_best_epoch_survives(tmp_path):
+    """When the best epoch lay before the state, its weights are those that are kept, as without an interruption."""
+    recipe = replace(RECIPE, epochs=8, learning_rate=0.5, schedule="constant", metric="loss")
+    examples = vectors(24)
+
+    def interrupted(epoch):
+        if epoch == 6:
+            raise KeyboardInterrupt
+        return examples.rows
+
+    def run(folder, rows_of_epoch=None):
+        network = vector_network()
+        history = fit(
+            network, examples, vectors(10, seed=1), VECTOR, objective(*examples.targets), recipe, CPU,
+            trainable=[name for name, _ in network.named_parameters()], rows_of_epoch=rows_of_epoch,
+            progress=Progress(tmp_path / folder, "tiny", None),
+        )  # fmt: skip
+        return history, network.head.weight
+
+    history, weight = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", interrupted)
+    again, same = run("stopped")
+
+    assert min(history, key=lambda epoch: epoch["loss"])["epoch"] < 6
+    assert again == history
+    assert torch.equal(same, weight)
+
+
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     """A training that is not to be resumed writes no file."""
     monkeypatch.chdir(tmp_path)
