@@ -86,7 +86,7 @@ def _render(result: TrainResult) -> Group:
     tables = [_history(result)]
     if result.rungs:
         tables.append(_table("rungs", result.rungs))
-    metrics = ", ".join(f"{_words(name)} {value:.4f}" for name, value in result.metrics.items())
+    metrics = ", ".join(f"{_words(name)} {_cell(value)}" for name, value in (result.metrics | result.facts).items())
     counts = ", ".join(f"{count} {split}" for split, count in result.examples.items())
     return Group(
         *tables,
@@ -98,9 +98,9 @@ def _render(result: TrainResult) -> Group:
 
 
 def _history(result: TrainResult) -> Table:
-    """Epochs or penalties; the one whose metrics are those of the weights that were written is bold."""
-    shared = [name for name in result.metrics if any(name in row for row in result.history)]
-    kept = [bool(shared) and all(row.get(name) == result.metrics[name] for name in shared) for row in result.history]
+    """Epochs or penalties; the one whose weights were written is bold."""
+    names = [name for name in ("epoch", "l2") if name in result.metrics]
+    kept = [bool(names) and all(row.get(n) == result.metrics[n] for n in names) for row in result.history]
     return _table("on the validation split", result.history, kept)
 
 

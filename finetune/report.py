@@ -72,6 +72,7 @@ class Run(Record, frozen=True, kw_only=True):
     provenance: Provenance  # config, seed, versions, data and its sha256, examples per split, metrics, history
     host: dict[str, str | int]
     rungs: tuple[dict[str, str | float], ...]
+    facts: dict[str, float]  # of the model and the data, such as the share of words without a vector
     trainable_parameters: int
     total_parameters: int
     seconds: float
@@ -112,6 +113,7 @@ def write_report(
         provenance=provenance,
         host={"cpu": cpu_name(), "isa": isa_class(), "cores": cpu_count()},
         rungs=result.rungs,
+        facts=result.facts,
         trainable_parameters=result.trainable_parameters,
         total_parameters=result.total_parameters,
         seconds=result.seconds,

@@ -142,6 +142,7 @@ def run(job: Job) -> TrainResult:
         strategy=job.strategy,
         metrics={**metrics, **outcome.kept},
         history=outcome.history,
+        facts=job.pretrained.facts,
         rungs=outcome.rungs,
         trainable_parameters=outcome.trained,
         total_parameters=sum(p.numel() for p in job.network.parameters()),

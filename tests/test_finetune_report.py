@@ -70,6 +70,7 @@ def written(tasks, logits, targets, history):
         strategy="auto",
         metrics=measured,
         history=history,
+        facts={"oov_tokens": 0.125},
         rungs=({"strategy": "probe", "accuracy": 0.5, "seconds": 1.0}, {"strategy": "last", "gain": 0.25}),
         trainable_parameters=10,
         total_parameters=100,
