@@ -7,6 +7,7 @@ to whom, and what. Printed are accuracy and F1.
 
 import argparse
 import csv
+import json
 import random
 import re
 from pathlib import Path
@@ -30,6 +31,16 @@ def write_table(path: Path, rows: int, pair: bool) -> None:
         writer.writerows([*texts, mood] for texts, mood in random.Random(0).sample(everything, rows))
 
 
+def words(text: str) -> list[str]:
+    """The words of a tweet, for the baseline."""
+    return text.lower().split()
+
+
+def words_of_pair(pair: str) -> list[str]:
+    """The words of both columns, told apart by the column."""
+    return [f"{column} {word}" for column, text in enumerate(json.loads(pair)) for word in words(text)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pair", action="store_true", help="two text columns")
@@ -47,7 +58,7 @@ def main() -> None:
         name,
         [f"transformers:{steps.minilm()}", *data, *adamw, *split("--max-length 64 --split 0.5 0.1 0.1 0.3")],
         modality="text",
-        features=steps.words(lambda text: text.lower().split()),
+        features=steps.words(words_of_pair if options.pair else words),
         ask=["JetBlue", "thank you so much!"] if options.pair else ["I love how quiet these cars are!"],
         export=["--variant", "int8-dynamic", "--max-drop", "5"],
     )

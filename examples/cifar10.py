@@ -39,7 +39,7 @@ def write_batches(folder: Path, images: Sequence[Image.Image], labels: np.ndarra
 def digits_0_to_4(out: Path, epochs: str) -> Path:
     """Train a ResNet18 from random weights on the digits 0 to 4; the file of its weights."""
     checkpoint = out / "source.checkpoint"
-    model = ["torchvision:resnet18", out / "source", "--image-size", "32", "--weights", "none"]
+    model = ["torchvision:resnet18", out / "source", "--image-size", "32", "--weights", "none", "--no-preflight"]
     steps.run(steps.EDGEWARD, "finetune", *model, *SGD, *SPLIT, "--epochs", epochs, "--out", checkpoint)
     return checkpoint / "weights.safetensors"
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo/cifar10"))
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10's binary batches")
     parser.add_argument("--weights", default="default", help="with --data: default (downloads), none or a file")
-    parser.add_argument("--epochs", default="8")
+    parser.add_argument("--epochs", default="5")
     options = parser.parse_args()
     out = steps.begin(options.out)
     data, weights, size = options.data, options.weights, "224"

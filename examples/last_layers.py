@@ -58,7 +58,7 @@ def main() -> None:
     write_table(out / "source.csv", "source")
     write_table(out / "images.csv", options.kind)
     source = out / "source.checkpoint"
-    scratch = ["torchvision:resnet18", out / "source.csv", *MODEL, *split("--weights none --strategy full --epochs 8")]
+    scratch = ["torchvision:resnet18", out / "source.csv", *MODEL, *split("--weights none --strategy full --epochs 5")]
     steps.run(steps.EDGEWARD, "finetune", *scratch, "--label-column", "target", "--no-preflight", "--out", source)
     model = ["torchvision:resnet18", out / "images.csv", *MODEL, "--weights", source / "weights.safetensors"]
     last = split(f"--strategy last --train-last 2 --epochs {options.epochs} --split 0.5 0.1 0.1 0.3")

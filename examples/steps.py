@@ -252,10 +252,10 @@ def _standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def words(cut: Callable[[str], list[str]]) -> Features:
-    """Weights (TF-IDF) of the words that are in two or more texts of the train split."""
+    """Weights (TF-IDF) of the words that are in two or more texts of the train split; `cut` says what a word is."""
 
     def features(train: Raws, test: Raws) -> tuple[Any, Any]:
-        vectorizer = TfidfVectorizer(analyzer=lambda raw: cut(raw.decode()), sublinear_tf=True, min_df=2)
+        vectorizer = TfidfVectorizer(analyzer=cut, sublinear_tf=True, min_df=2)  # it decodes UTF-8
         return vectorizer.fit_transform(train), vectorizer.transform(test)
 
     return features
