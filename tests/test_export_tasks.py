@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from bundle.errors import BundleError, DataError, GateFailed
-from bundle.manifest import to_json
+from bundle.manifest import Latency, to_json
 from bundle.model import load_model
 from edgeward import bundles
-from export import goldens, search
+from export import gate, goldens, search
 from export.build import REPORT, ExportConfig, export_checkpoint
 from export.report import Report, render
 from finetune.checkpoint import load_checkpoint
@@ -218,3 +218,20 @@ def test_goldens_show_every_answer():
     assert len({tuple(tags[i]) for i in picked(tag)[:4]}) == 4
     assert set(kinds[picked(kind)[:2]]) == {0, 1}
     assert {78, 79} & set(picked(kind, tag, size))
+
+
+def test_of_two_heads_the_one_that_lost_more_does_not_compete():
+    """However much faster it was measured; where both lost the same, the clock decides."""
+
+    def candidate(name, ratio, drop):
+        record = gate.judge(np.zeros(100), np.zeros(100), np.arange(100) < 100 * drop, budget=0.05)
+        latency = Latency(p50_ms=ratio, fp32_p50_ms=1.0, ratio=ratio, ratio_upper=ratio, threads=1)
+        return search.Candidate(name, b"", None, True, latency, np.zeros((1, 1)), (record,))
+
+    fp32 = candidate("fp32", 1.0, 0)
+    for (old, new), chosen in {(0.02, 0.01): "int8-static-refit", (0.01, 0.02): "int8-static"}.items():
+        tried = fp32, candidate("int8-static", 0.5, old), candidate("int8-static-refit", 0.5, new)
+        assert search.choose(tried).name == chosen
+    tied = fp32, candidate("int8-static", 0.5, 0.01), candidate("int8-static-refit", 0.4, 0.01)
+    assert search.choose(tied).name == "int8-static-refit"
+    assert search.outdone(tied) == []
