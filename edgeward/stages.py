@@ -25,7 +25,7 @@ except ImportError as error:
         f"{error.name} is not installed. On the machine that trains and exports: pip install 'edgeward[export,cpu]'."
     ) from error
 
-MOST_COLUMNS = 9  # of the table; --json gives all
+MOST_COLUMNS, MOST_ROWS = 9, 20  # of the table; --json gives all
 
 
 def finetune(
@@ -101,7 +101,9 @@ def _history(result: TrainResult) -> Table:
     """Epochs or penalties; the one whose weights were written is bold."""
     names = [name for name in ("epoch", "l2") if name in result.metrics]
     kept = [bool(names) and all(row.get(n) == result.metrics[n] for n in names) for row in result.history]
-    return _table("on the validation split", result.history, kept)
+    every = -(-len(kept) // MOST_ROWS)
+    shown = [i for i in range(len(kept)) if kept[i] or i % every == 0 or i == len(kept) - 1]
+    return _table("on the validation split", [result.history[i] for i in shown], [kept[i] for i in shown])
 
 
 def _table(title: str, rows: Sequence[Mapping[str, float | str]], bold: Sequence[bool] = ()) -> Table:

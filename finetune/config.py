@@ -72,8 +72,8 @@ class TrainConfig:
     lora_rank: int = 8
     """lora: rank of the changes."""
     epochs: int | None = None
-    """Passes over the train split; by default 10 for fewer than 1,000 examples, 5 for fewer than 10,000, else 3, and four
-    times as many where nothing is pretrained."""
+    """Passes over the train split; by default as many as make 300 steps, between 3 and 10, and where nothing is
+    pretrained as many as make 2,000, between 10 and 100."""
     batch_size: int = 32
     """Examples at a time, over all processes."""
     accumulate: int = 1
@@ -117,7 +117,7 @@ class TrainConfig:
     precision: Precision = "auto"
     """Of the training's arithmetic; auto is fp32 on a CPU, bf16 or fp16 on a GPU. Evaluation and weights are fp32."""
     save_steps: int | None = None
-    """Save what resuming needs every so many steps; it is saved after every epoch anyway."""
+    """Save what resuming needs every so many steps; it is saved after an epoch anyway, every 10 seconds at most."""
     resume: bool = False
     """Go on where a training to the same --out was interrupted; the result is the same, bit for bit."""
     deterministic: bool = False

@@ -6,6 +6,7 @@ go on from there, and on a CPU the weights are the same, bit for bit.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ log = structlog.get_logger()
 Rows = Sequence[np.ndarray]
 Ready = Iterator[tuple[np.ndarray, Tensors]]
 
+_SAVE_SECONDS = 10  # epochs that are over sooner are not all saved
 _CHECK_STEPS = 16  # on a GPU, where looking at a loss means waiting for it
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -151,6 +153,7 @@ class _Training:
         self.history: list[dict[str, float]] = []
         self.best_epoch = 0
         self.best: Tensors = {}
+        self.saved = -math.inf  # when, in seconds
 
     def run(self) -> None:
         """Train to the end, from the beginning or from where the last state was saved."""
@@ -160,7 +163,7 @@ class _Training:
                 break
             self._train_epoch(epoch)
             self._validate()
-            self._save()
+            self._save(sparing=True)
         self.weights.load(self.best)
         self.network.eval()
 
@@ -307,13 +310,15 @@ class _Training:
                 "no checkpoint was written. Try a lower learning rate."
             )
 
-    def _save(self) -> None:
+    def _save(self, *, sparing: bool = False) -> None:
+        """Write what resuming needs; sparingly only when the last time is a while ago."""
         if self.progress is None:
             return
         losses = gathered(self.world, self.losses.item())
         self._check("loss", sum(losses), self.step)
-        if self.world.rank:
+        if self.world.rank or (sparing and time.monotonic() - self.saved < _SAVE_SECONDS):
             return
+        self.saved = time.monotonic()
         tensors = {"model": self.weights.changed(), "average": self.weights.average, "best": self.best}
         tensors |= optimizer_tensors(self.optimizer, self.weights.parameters)
         scaler = self.scaler.state_dict()

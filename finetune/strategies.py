@@ -214,7 +214,7 @@ def make_recipe(job: Job, strategy: str) -> Recipe:
     rate, decay = {"adamw": (adamw, 0.01), "sgd": (0.01, 1e-4)}[optimizer]
     metric = config.metric or evaluate.main_metric(job.tasks)
     return Recipe(
-        epochs=config.epochs or default_epochs(len(job.indices("train")), new=new),
+        epochs=config.epochs or default_epochs(len(job.indices("train")), config.batch_size, new=new),
         batch_size=config.batch_size,
         accumulate=config.accumulate,
         optimizer=optimizer,
@@ -235,10 +235,10 @@ def make_recipe(job: Job, strategy: str) -> Recipe:
     )
 
 
-def default_epochs(examples: int, *, new: bool) -> int:
-    """More passes where there are fewer examples, and four times as many for layers that start from nothing."""
-    passes = 10 if examples < 1_000 else 5 if examples < 10_000 else 3
-    return 4 * passes if new else passes
+def default_epochs(examples: int, batch_size: int, *, new: bool) -> int:
+    """Passes that make enough steps: 300 for a pretrained network, 2,000 for layers that start from nothing."""
+    steps, least, most = (2_000, 10, 100) if new else (300, 3, 10)
+    return min(most, max(least, math.ceil(steps * batch_size / examples)))
 
 
 def check_options(config: TrainConfig) -> None:
