@@ -31,7 +31,7 @@ def text_checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def image_checkpoint(tmp_path_factory) -> Path:
-    """A tiny convolutional network, every weight trained for two epochs on 700 digits, some of them JPEG."""
+    """A tiny convolutional network, every weight trained for four epochs on 700 digits, some of them JPEG."""
     return _train_tiny(tmp_path_factory.mktemp("image"), split=(0.4, 0.1, 0.2, 0.3))
 
 
@@ -59,7 +59,8 @@ def _train_tiny(folder: Path, split: tuple[float, float, float, float]) -> Path:
         str(data),
         out=folder / "checkpoint",
         strategy="full",
-        epochs=2,
+        epochs=4,
+        learning_rate=0.1,
         split=split,
     )
     return train(config).out
