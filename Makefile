@@ -7,7 +7,7 @@ export ORT_DISABLE_TELEMETRY = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: demo demo-digits test check format protos venv clean
+.PHONY: demo demo-digits examples test check format protos venv clean
 
 demo: venv  ## a pretrained MiniLM, real tweets: fine-tune, export, serve, ask
 	rm -rf demo/tweets
@@ -16,6 +16,18 @@ demo: venv  ## a pretrained MiniLM, real tweets: fine-tune, export, serve, ask
 demo-digits: venv  ## an ImageNet EfficientNet-Lite0, handwritten digits: the same commands
 	rm -rf demo/digits
 	$(BIN)/python examples/demo.py digits --out demo
+
+examples: venv  ## the tutorials (docs/tutorials.md), each from data to a served answer beside a baseline
+	rm -rf demo/cifar10 demo/last_layers demo/dense demo/bert demo/word_vectors
+	$(BIN)/python examples/cifar10.py
+	$(BIN)/python examples/last_layers.py multiclass
+	$(BIN)/python examples/last_layers.py multilabel
+	$(BIN)/python examples/last_layers.py regression
+	$(BIN)/python examples/dense.py
+	$(BIN)/python examples/bert.py
+	$(BIN)/python examples/bert.py --pair
+	$(BIN)/python examples/word_vectors.py chinese
+	$(BIN)/python examples/word_vectors.py english
 
 test: venv  ## the tests
 	$(BIN)/pytest -q

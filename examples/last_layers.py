@@ -1,7 +1,7 @@
 """Only the last layers of a ResNet18: python examples/last_layers.py multiclass|multilabel|regression [--out DIR]
 
 The ResNet18 is one that this example first trains on the digits 0 to 4: the weights are not ImageNet's. Of it the head
-and the last block are trained, the rest is frozen, its BatchNorm included. Three kinds of target, on other images:
+and the last two blocks are trained, the rest is frozen, its BatchNorm included. Three kinds of target, on other images:
 
 multiclass   which of the digits 5 to 9 it is; cross-entropy
 multilabel   whether the digit is even, prime, round (has a closed loop), any of them; binary cross-entropy
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["multiclass", "multilabel", "regression"])
     parser.add_argument("--out", type=Path, default=Path("demo/last_layers"))
-    parser.add_argument("--epochs", default="5")
+    parser.add_argument("--epochs", default="8")
     options = parser.parse_args()
     out = steps.begin(options.out / options.kind)
     write_table(out / "source.csv", "source")
@@ -61,7 +61,7 @@ def main() -> None:
     scratch = ["torchvision:resnet18", out / "source.csv", *MODEL, *split("--weights none --strategy full --epochs 5")]
     steps.run(steps.EDGEWARD, "finetune", *scratch, "--label-column", "target", "--no-preflight", "--out", source)
     model = ["torchvision:resnet18", out / "images.csv", *MODEL, "--weights", source / "weights.safetensors"]
-    last = split(f"--strategy last --train-last 2 --epochs {options.epochs} --split 0.5 0.1 0.1 0.3")
+    last = split(f"--strategy last --train-last 3 --epochs {options.epochs} --split 0.5 0.1 0.1 0.3")
     passed = steps.pipeline(
         out,
         options.kind,

@@ -33,6 +33,7 @@ from finetune.target import Target
 from serve.client import Client
 
 HERE = Path(__file__).resolve().parent
+START = time.monotonic()
 EDGEWARD = str(Path(sys.executable).with_name("edgeward"))
 SHOWN = 40  # characters of a word of a command that is longer
 
@@ -165,7 +166,8 @@ def pipeline(
 
 
 def finish(*passed: bool) -> None:
-    """Exit with 1 when something is below the majority."""
+    """Say how long it took, and exit with 1 when something is below the majority."""
+    print(f"{time.monotonic() - START:.0f} s in all")
     if not all(passed):
         raise SystemExit("the served answers are worse than the majority's")
 

@@ -61,11 +61,9 @@ def write_table(path: Path, rows: list[tuple[str, str]], count: int) -> None:
         writer.writerows(random.Random(SEED).sample(rows, min(count, len(rows))))
 
 
-def train_vectors(sentences: list[list[str]], *, skip_gram: bool, epochs: int) -> Word2Vec:
+def train_vectors(sentences: list[list[str]], *, epochs: int) -> Word2Vec:
     """100 numbers for each word that occurs three times; one thread and a seed make them the same every time."""
-    return Word2Vec(
-        sentences, vector_size=100, window=5, min_count=3, sg=int(skip_gram), epochs=epochs, workers=1, seed=SEED
-    )
+    return Word2Vec(sentences, vector_size=100, window=5, min_count=3, sg=1, epochs=epochs, workers=1, seed=SEED)
 
 
 def texts_of_train_split(table: Path) -> list[str]:
@@ -80,7 +78,7 @@ def chinese(out: Path, rows: int) -> bool:
     sentences = news()
     print(f"vectors trained on {sum(map(len, sentences))} words of news, none of the reviews", flush=True)
     vectors = out / "news.txt"
-    train_vectors(sentences, skip_gram=False, epochs=5).wv.save_word2vec_format(vectors)
+    train_vectors(sentences, epochs=4).wv.save_word2vec_format(vectors)
     return adapt(
         out,
         "reviews",
@@ -97,7 +95,7 @@ def english(out: Path, rows: int) -> bool:
     texts = texts_of_train_split(table)
     print(f"vectors trained on {len(texts)} tweets, those of the train split only", flush=True)
     vectors = out / "tweets.kv"
-    train_vectors([text.lower().split() for text in texts], skip_gram=True, epochs=10).wv.save(str(vectors))
+    train_vectors([text.lower().split() for text in texts], epochs=10).wv.save(str(vectors))
     return adapt(
         out, "tweets", vectors, [], steps.words(lambda text: text.lower().split()), "I love how quiet these cars are!"
     )
@@ -111,7 +109,9 @@ def jieba_words() -> Callable[[str], list[str]]:
 
 def adapt(out: Path, name: str, vectors: Path, options: list[str], features: steps.Features, question: str) -> bool:
     """Dense layers 100 -> 64 -> labels on the mean of the vectors of a text."""
-    dense = split(f"--pooling mean --widths 64 --epochs 15 --seed {SEED} --split") + [str(part) for part in SPLIT]
+    dense = split(f"--pooling mean --widths 64 --epochs 20 --learning-rate 3e-3 --seed {SEED} --split") + [
+        str(part) for part in SPLIT
+    ]
     return steps.pipeline(
         out,
         name,
@@ -126,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("language", choices=["chinese", "english"])
     parser.add_argument("--out", type=Path, default=Path("demo/word_vectors"))
-    parser.add_argument("--rows", type=int, default=8000, help="texts to use (default 8000)")
+    parser.add_argument("--rows", type=int, default=12_000, help="texts to use (default 12000)")
     options = parser.parse_args()
     out = steps.begin(options.out / options.language)
     steps.finish((chinese if options.language == "chinese" else english)(out, options.rows))
