@@ -85,14 +85,32 @@ def trainer(options: argparse.Namespace, *, saving: bool) -> turns.Row:
 
     import numpy as np
     import torch
+    from torch import nn
     from transformers import (
-        AutoModelForSequenceClassification,
+        AutoModel,
         AutoTokenizer,
         DataCollatorWithPadding,
         Trainer,
         TrainingArguments,
         logging,
     )
+
+    class Classifier(nn.Module):
+        """The same network as ours: the mean of the last hidden states, dropout, a linear layer."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = AutoModel.from_pretrained(minilm(), dtype=torch.float32, add_pooling_layer=False)
+            self.dropout = nn.Dropout(0.1)
+            self.head = nn.Linear(self.backbone.config.hidden_size, 3)
+
+        def forward(
+            self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+        ) -> dict[str, torch.Tensor]:
+            states = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            mask = attention_mask[..., None].to(states.dtype)
+            logits = self.head(self.dropout((states * mask).sum(1) / mask.sum(1)))
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
     logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
@@ -101,7 +119,7 @@ def trainer(options: argparse.Namespace, *, saving: bool) -> turns.Row:
     }
     torch.manual_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(minilm())
-    network = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=3, dtype=torch.float32)
+    network = Classifier()
     with tempfile.TemporaryDirectory(dir=options.folder) as out:
         start = time.perf_counter()
         data = {name: Tokens(tokenizer, part) for name, part in parts.items()}

@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pair", action="store_true", help="two text columns")
     parser.add_argument("--out", type=Path, default=Path("demo/bert"))
-    parser.add_argument("--rows", type=int, default=900, help="tweets to use (default 900)")
+    parser.add_argument("--rows", type=int, default=800, help="tweets to use (default 800)")
     parser.add_argument("--epochs", default="1")
     options = parser.parse_args()
     name = "pairs" if options.pair else "tweets"
@@ -56,7 +56,12 @@ def main() -> None:
     passed = steps.pipeline(
         out,
         name,
-        [f"transformers:{steps.minilm()}", *data, *adamw, *split("--max-length 64 --split 0.5 0.1 0.1 0.3")],
+        [
+            f"transformers:{steps.minilm()}",
+            *data,
+            *adamw,
+            *split("--no-preflight --max-length 64 --split 0.5 0.1 0.1 0.3"),
+        ],
         modality="text",
         features=steps.words(words_of_pair if options.pair else words),
         ask=["JetBlue", "thank you so much!"] if options.pair else ["I love how quiet these cars are!"],

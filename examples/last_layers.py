@@ -61,7 +61,7 @@ def main() -> None:
     scratch = ["torchvision:resnet18", out / "source.csv", *MODEL, *split("--weights none --strategy full --epochs 5")]
     steps.run(steps.EDGEWARD, "finetune", *scratch, "--label-column", "target", "--no-preflight", "--out", source)
     model = ["torchvision:resnet18", out / "images.csv", *MODEL, "--weights", source / "weights.safetensors"]
-    last = split(f"--strategy last --train-last 3 --epochs {options.epochs} --split 0.5 0.1 0.1 0.3")
+    last = split(f"--no-preflight --strategy last --train-last 3 --epochs {options.epochs} --split 0.5 0.1 0.1 0.3")
     passed = steps.pipeline(
         out,
         options.kind,

@@ -109,13 +109,11 @@ def jieba_words() -> Callable[[str], list[str]]:
 
 def adapt(out: Path, name: str, vectors: Path, options: list[str], features: steps.Features, question: str) -> bool:
     """Dense layers 100 -> 64 -> labels on the mean of the vectors of a text."""
-    dense = split(f"--pooling mean --widths 64 --epochs 20 --learning-rate 3e-3 --seed {SEED} --split") + [
-        str(part) for part in SPLIT
-    ]
+    dense = split(f"--pooling mean --widths 64 --epochs 20 --learning-rate 3e-3 --seed {SEED}")
     return steps.pipeline(
         out,
         name,
-        [f"vectors:{vectors}", out / f"{name}.csv", *options, *dense],
+        [f"vectors:{vectors}", out / f"{name}.csv", *options, *dense, "--split", *map(str, SPLIT)],
         modality="text",
         features=features,
         ask=[question],
