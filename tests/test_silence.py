@@ -215,7 +215,7 @@ def test_nothing_is_written_at_home_and_nobody_is_called(run_guarded, arguments)
 
 
 def test_training_and_export_are_silent(run_guarded, text_checkpoint, tmp_path):
-    """A model is fine-tuned, compiled, quantized and gated without a word to anyone, or a file at home but our cache."""
+    """A model is fine-tuned, compiled and gated without a word to anyone, or a file at home that is not our cache."""
     config = load_checkpoint(text_checkpoint).spec.provenance.config
     train = ["finetune", config["model"], config["data"], "--out", tmp_path / "checkpoint", "--no-cache"]
     train += ["--max-length", "48"]
