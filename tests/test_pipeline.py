@@ -158,10 +158,10 @@ def test_interrupted_training_can_go_on(tmp_path):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits SIG_IGN
     )
-    for line in process.stderr:
-        if "epoch done" in line:
-            process.send_signal(signal.SIGINT)
-            break
+    epochs = (line for line in process.stderr if "epoch done" in line)
+    assert next(epochs)
+    assert next(epochs)  # the first is saved by now
+    process.send_signal(signal.SIGINT)
     log = process.stderr.read()
     process.stderr.close()
 
