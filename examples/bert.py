@@ -65,7 +65,7 @@ def main() -> None:
         modality="text",
         features=steps.words(words_of_pair if options.pair else words),
         ask=["JetBlue", "thank you so much!"] if options.pair else ["I love how quiet these cars are!"],
-        export=["--variant", "int8-dynamic", "--max-drop", "5"],
+        export=["--variant", "int8-dynamic", "--max-drop", "12"],  # 240 examples cannot hold it to much less
     )
     steps.finish(passed)
 
