@@ -35,7 +35,7 @@ from finetune.train import TrainConfig, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 3
-L2_SP = (1e-2,)  # strength: the middle of the grid of Li et al. 2018, arXiv 1802.01483
+L2_SP = (1e-2, 1.0)  # strengths; those of Li et al. 2018, arXiv 1802.01483, end at 1e-1
 VIEWS = 4
 
 
@@ -68,11 +68,12 @@ def l2_sp(strength: float) -> Callable[[Job], None]:
 
 
 def gradual(job: Job) -> None:
-    """One epoch with the head, one with half of the blocks, one with all: in the order of ULMFiT, arXiv 1801.06146."""
+    """The head by a probe, one epoch with half of the blocks, the others with all: as in ULMFiT, arXiv 1801.06146."""
+    adapt(job, "probe")
     groups = blocks(job.network)
-    for opened in (1, len(groups) // 2, len(groups)):
+    for opened, epochs in ((len(groups) // 2, 1), (len(groups), EPOCHS - 1)):
         names = [name for group in groups[-opened:] for name in group]
-        train_all(job, objective(job), names, epochs=1)
+        train_all(job, objective(job), names, epochs=epochs)
 
 
 def objective(job: Job) -> Objective:
