@@ -51,21 +51,24 @@ def adapt(job: Job, strategy: Strategy) -> Outcome:
         TrainingDiverged: a loss became NaN or infinite.
         ModelError: the strategy is not for this model.
     """
-    everything = [name for name, _ in job.network.named_parameters()]
     match strategy:
         case "probe":
             return _probe(job)
         case "last":
             return _train(job, "last", _last(job))
         case "full":
-            return _train(job, "full", everything)
+            return _train(job, "full", _everything(job))
         case "lp-ft":
             _probe(job)
-            return _train(job, "lp-ft", everything, PROBED_RATE)
+            return _train(job, "lp-ft", _everything(job), PROBED_RATE)
         case "lora":
             return _lora(job)
         case "auto":
             return _auto(job)
+
+
+def _everything(job: Job) -> list[str]:
+    return [name for name, _ in job.network.named_parameters()]
 
 
 def _last(job: Job) -> list[str]:
@@ -159,42 +162,37 @@ def _lora(job: Job) -> Outcome:
 
 
 def _auto(job: Job) -> Outcome:
-    """Climb probe, last, full while the last step paid, and keep the best rung.
+    """Climb probe, last, lp-ft while the last step paid, and keep the best rung.
 
-    The blocks of `last` and `full` start from the head that the probe fitted.
+    The blocks of `last` and `lp-ft` start from the head that the probe fitted.
     """
     metric = job.config.metric or evaluate.main_metric(job.tasks)
     validation = job.targets(job.indices("validation"))
     best: Outcome | None = None
+    before = 0.0  # the metric of the rung below, which is the best as long as the climb goes on
     weights: dict[str, torch.Tensor] = {}
     rungs: list[dict[str, str | float]] = []
     for strategy in ("probe", "last", "lp-ft"):
         start = time.perf_counter()
-        reached = _rung(job, strategy)
+        if strategy == "probe":
+            reached = _probe(job)
+        else:
+            reached = _train(job, strategy, _last(job) if strategy == "last" else _everything(job), PROBED_RATE)
         value = evaluate.score(job.tasks, reached.logits, validation)[metric]
-        before = None if best is None else evaluate.score(job.tasks, best.logits, validation)[metric]
-        gain = math.inf if before is None else _gain(metric, before, value)
+        gain = math.inf if best is None else _gain(metric, before, value)
         rungs.append(
             {"strategy": strategy, metric: value, "trained": reached.trained, "seconds": time.perf_counter() - start}
-            | ({} if before is None else {"gain": gain})
+            | ({} if best is None else {"gain": gain})
         )
         log.info("rung", **rungs[-1])
         if gain > 0:
-            best = reached
+            best, before = reached, value
             weights = {name: tensor.clone() for name, tensor in job.network.state_dict().items()}
         if gain < WORTHWHILE:
             break
     assert best is not None
     job.network.load_state_dict(weights)
     return replace(best, rungs=tuple(rungs))
-
-
-def _rung(job: Job, strategy: str) -> Outcome:
-    if strategy == "probe":
-        return _probe(job)
-    if strategy == "last":
-        return _train(job, "last", _last(job), PROBED_RATE)
-    return _train(job, "lp-ft", [name for name, _ in job.network.named_parameters()], PROBED_RATE)
 
 
 def _gain(metric: str, before: float, after: float) -> float:
