@@ -149,6 +149,7 @@ class GateRecord(Record, frozen=True, kw_only=True):
     budget: float  # largest drop that passes
     confidence: float
     disagreement: float  # fraction of examples whose prediction differs
+    disagreement_upper: float | None = None  # one-sided Clopper-Pearson bound of it, at the confidence
     examples_needed: int | None  # that would decide, if the rates stay as seen; none when decided, or at the budget
 
 
