@@ -9,8 +9,8 @@ from typing import Literal
 import msgspec
 
 FORMAT = "edgeward-bundle"
-FORMAT_VERSION = 2  # as written
-READ_VERSIONS = (1, 2)
+FORMAT_VERSION = 3  # as written
+READ_VERSIONS = (1, 2, 3)
 MAX_SIDE = 8192  # of a resized image's shorter side
 MAX_NUMBERS = 1 << 20  # of a vector
 
@@ -163,32 +163,8 @@ class Latency(Record, frozen=True, kw_only=True):
     threads: int
 
 
-class Variant(Record, frozen=True, kw_only=True):
-    """One compiled graph, and what was measured of it on the machine that built it."""
-
-    name: str
-    file: str
-    precision: Literal["fp32", "int8"]
-    device: Literal["cpu", "cuda"]
-    isa: str
-    batch_invariant: bool  # bit-equal whatever it is batched and padded with; if not, it runs at batch 1, unpadded
-    tolerance: float  # largest difference of a golden logit that the self-test accepts
-    parity: float  # largest difference of a logit from PyTorch's, over the parity examples
-    gate: GateRecord | None  # none for fp32, which passes on parity alone
-    latency: Latency
-
-
-class Golden(Record, frozen=True, kw_only=True):
-    """One raw example and what must come of it."""
-
-    file: str  # the raw bytes
-    tensors: dict[str, str]  # graph input -> .npy file of the preprocessed example, without batch axis
-    exact: bool  # tensors are equal bit for bit; otherwise (JPEG) within 32 of 255, on average 0.5
-    logits: dict[str, dict[str, tuple[float, ...]]]  # variant -> graph output -> row
-
-
 class Provenance(Record, frozen=True, kw_only=True):
-    """Where the bundle comes from."""
+    """Where the bundle, or a variant that was added to it, comes from."""
 
     created: str  # ISO 8601, UTC
     command: tuple[str, ...]
@@ -198,6 +174,32 @@ class Provenance(Record, frozen=True, kw_only=True):
     checkpoint_sha256: str
     cpu: str
     versions: dict[str, str]
+
+
+class Variant(Record, frozen=True, kw_only=True):
+    """One compiled graph, and what was measured of it on the machine that built it."""
+
+    name: str
+    file: str
+    precision: Literal["fp32", "fp16", "int8"]
+    device: Literal["cpu", "cuda", "tensorrt"]
+    isa: str  # class of the machine that it was gated on, from bundle.host.machine_class
+    batch_invariant: bool  # bit-equal whatever it is batched and padded with; if not, it runs at batch 1, unpadded
+    tolerance: float  # largest difference of a golden logit that the self-test accepts
+    parity: float  # largest difference of a logit from PyTorch's, over the parity examples
+    gate: GateRecord | None  # none for fp32, which passes on parity alone
+    latency: Latency
+    rows_per_s: float | None = None  # examples a second, at the batch that a server would make
+    built: Provenance | None = None  # of a variant that was added later; none is that of the bundle
+
+
+class Golden(Record, frozen=True, kw_only=True):
+    """One raw example and what must come of it."""
+
+    file: str  # the raw bytes
+    tensors: dict[str, str]  # graph input -> .npy file of the preprocessed example, without batch axis
+    exact: bool  # tensors are equal bit for bit; otherwise (JPEG) within 32 of 255, on average 0.5
+    logits: dict[str, dict[str, tuple[float, ...]]]  # variant -> graph output -> row
 
 
 class FileEntry(Record, frozen=True, kw_only=True):
@@ -216,7 +218,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     version: int
     input: Input
     tasks: tuple[Task, ...]
-    variants: tuple[Variant, ...]  # of a device, the first for this instruction set is served, else the first
+    variants: tuple[Variant, ...]  # preferred first; bundle.model chooses
     goldens: tuple[Golden, ...]
     provenance: Provenance
     files: dict[str, FileEntry]  # every other file but manifest.sha256
