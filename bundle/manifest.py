@@ -159,7 +159,8 @@ class Latency(Record, frozen=True, kw_only=True):
     p50_ms: float
     fp32_p50_ms: float
     ratio: float  # median of the block ratios variant / fp32
-    ratio_upper: float  # upper end of its 95% bootstrap interval
+    ratio_lower: float | None = None  # ends of its 95% bootstrap interval
+    ratio_upper: float
     threads: int
 
 

@@ -18,12 +18,13 @@ WARMUPS = 3
 
 @dataclass(frozen=True)
 class Timing:
-    """A candidate against a reference, one example a run."""
+    """A candidate against a reference, on the same inputs."""
 
-    p50_ms: float
+    p50_ms: float  # of a run
     reference_p50_ms: float
     ratio: float  # median over the blocks of candidate / reference
-    ratio_upper: float  # upper end of its 95% bootstrap interval
+    ratio_lower: float  # ends of its 95% bootstrap interval
+    ratio_upper: float
 
 
 Timer = Callable[[Session, Session, Sequence[Feeds]], Timing]
@@ -35,7 +36,7 @@ def interleaved(candidate: Session, reference: Session, feeds: Sequence[Feeds]) 
     Args:
         candidate: A.
         reference: B.
-        feeds: inputs of one example each; block i takes feeds[i % len(feeds)].
+        feeds: inputs of one run each; block i takes feeds[i % len(feeds)].
     """
     for session in (candidate, reference):
         for i in range(WARMUPS):
@@ -51,11 +52,13 @@ def interleaved(candidate: Session, reference: Session, feeds: Sequence[Feeds]) 
         b.append((second + third) / 2)
     ratios = np.array(a) / np.array(b)
     resampled = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
+    lower, upper = np.quantile(np.median(resampled, axis=1), (0.025, 0.975))
     return Timing(
         p50_ms=float(np.median(a)) * 1e3,
         reference_p50_ms=float(np.median(b)) * 1e3,
         ratio=float(np.median(ratios)),
-        ratio_upper=float(np.quantile(np.median(resampled, axis=1), 0.975)),
+        ratio_lower=float(lower),
+        ratio_upper=float(upper),
     )
 
 

@@ -41,12 +41,18 @@ SIZE = 6  # of a vector
 
 
 def clock(*ratios, ms=1.0):
-    """A timer that gives these latency ratios in turn, and so many milliseconds to the reference."""
+    """A timer that gives these latency ratios in turn, and so many milliseconds to the reference.
+
+    Runs of several examples take as long as the reference's.
+    """
     remaining = list(ratios)
 
     def timer(candidate, reference, feeds):
-        ratio = remaining.pop(0)
-        return timing.Timing(p50_ms=ratio * ms, reference_p50_ms=ms, ratio=ratio, ratio_upper=ratio)
+        alone = all(len(array) == 1 for array in feeds[0].values())
+        ratio = remaining.pop(0) if alone else 1.0
+        return timing.Timing(
+            p50_ms=ratio * ms, reference_p50_ms=ms, ratio=ratio, ratio_lower=ratio, ratio_upper=ratio
+        )
 
     return timer
 
