@@ -4,15 +4,20 @@ Preprocessing and tasks are the same types in a checkpoint (docs/checkpoint-form
 gate, the server and offline scoring cannot disagree about them.
 """
 
+import math
 from typing import Literal
 
 import msgspec
+
+from bundle.tensor import NUMPY_TYPES
 
 FORMAT = "edgeward-bundle"
 FORMAT_VERSION = 3  # as written
 READ_VERSIONS = (1, 2, 3)
 MAX_SIDE = 8192  # of a resized image's shorter side
 MAX_NUMBERS = 1 << 20  # of a vector
+MAX_AXES = 16  # of a tensor
+MAX_TENSOR_BYTES = 64 << 20  # of all tensors of an example together
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
@@ -106,7 +111,42 @@ class VectorInput(Record, frozen=True, kw_only=True, tag="vector", tag_field="ty
             )
 
 
-Input = TextInput | ImageInput | WordsInput | VectorInput
+class NamedTensor(Record, frozen=True, kw_only=True):
+    """One of the tensors of an example; its numbers are finite."""
+
+    name: str
+    datatype: Literal[
+        "BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64", "FP16", "FP32", "FP64"
+    ]
+    shape: tuple[int, ...]  # without the batch axis
+
+    def __post_init__(self) -> None:
+        """Refuse a tensor without a name or without elements."""
+        if not self.name or len(self.shape) > MAX_AXES or min(self.shape, default=1) < 1:
+            raise ValueError(
+                f"tensor {self.name!r} must have a name and at most {MAX_AXES} axes, each of them of a positive "
+                f"length, not {list(self.shape)}"
+            )
+
+
+class TensorsInput(Record, frozen=True, kw_only=True, tag="tensors", tag_field="type"):
+    """Tensors as the graph takes them, one row of each per example.
+
+    As raw bytes they stand one after the other, each little-endian and row-major.
+    """
+
+    tensors: tuple[NamedTensor, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse no tensors, two of one name, and more than fits into a message."""
+        if not self.tensors or len({tensor.name for tensor in self.tensors}) < len(self.tensors):
+            raise ValueError("there must be a tensor, and each must have its own name")
+        size = sum(math.prod(tensor.shape) * NUMPY_TYPES[tensor.datatype].itemsize for tensor in self.tensors)
+        if size > MAX_TENSOR_BYTES:
+            raise ValueError(f"the tensors of an example have {size} bytes; at most {MAX_TENSOR_BYTES} are allowed")
+
+
+Input = TextInput | ImageInput | WordsInput | VectorInput | TensorsInput
 
 
 class Multiclass(Record, frozen=True, kw_only=True, tag="multiclass", tag_field="kind"):

@@ -5,9 +5,9 @@ from typing import TypeGuard
 
 import numpy as np
 
-from bundle import image, text, vector, words
+from bundle import image, tensors, text, vector, words
 from bundle.errors import BadInput
-from bundle.manifest import ImageInput, Input, TextInput, VectorInput, WordsInput
+from bundle.manifest import ImageInput, Input, TensorsInput, TextInput, VectorInput, WordsInput
 from bundle.tensor import TensorSpec
 
 Encode = Callable[[bytes], np.ndarray]
@@ -30,13 +30,15 @@ def encoder(spec: Input, read: Callable[[str], bytes]) -> Encode:
             return words.WordsEncoder(read(words.VOCABULARY), dictionary, spec).encode
         case VectorInput():
             return lambda raw: vector.decode(raw, spec)
+        case TensorsInput():
+            return lambda raw: tensors.decode(raw, spec)
 
 
 def collate(rows: Sequence[np.ndarray], spec: Input, length: int | None = None) -> dict[str, np.ndarray]:
     """Tensors of several examples as the graph's inputs, with the batch axis first.
 
-    Images: `image` uint8 (N, height, width, 3). Vectors: `features` float32 (N, size). Text: see bundle.text.collate;
-    words: see bundle.words.collate; `length` is the padded length of both.
+    Images: `image` uint8 (N, height, width, 3). Vectors: `features` float32 (N, size). Tensors: each by its own name.
+    Text: see bundle.text.collate; words: see bundle.words.collate; `length` is the padded length of both.
     """
     match spec:
         case TextInput():
@@ -47,6 +49,8 @@ def collate(rows: Sequence[np.ndarray], spec: Input, length: int | None = None) 
             return words.collate(rows, length)
         case VectorInput():
             return {"features": np.stack(rows)}
+        case TensorsInput():
+            return tensors.collate(rows, spec)
 
 
 def graph_inputs(spec: Input) -> tuple[TensorSpec, ...]:
@@ -61,6 +65,8 @@ def graph_inputs(spec: Input) -> tuple[TensorSpec, ...]:
             return (TensorSpec("word_ids", "INT64", (-1, -1)), TensorSpec("word_mask", "INT64", (-1, -1)))
         case VectorInput():
             return (TensorSpec("features", "FP32", (-1, spec.size)),)
+        case TensorsInput():
+            return tuple(TensorSpec(one.name, one.datatype, (-1, *one.shape)) for one in spec.tensors)
 
 
 def is_sequence(spec: Input) -> TypeGuard[TextInput | WordsInput]:
@@ -79,8 +85,10 @@ def bucket(length: int, spec: TextInput | WordsInput) -> int:
 
 
 def wire_inputs(spec: Input) -> tuple[TensorSpec, ...]:
-    """What a server takes: one tensor for each column of an example, named after it."""
+    """What a server takes: one tensor for each column of an example, named after it, or the tensors themselves."""
     match spec:
+        case TensorsInput():
+            return graph_inputs(spec)
         case VectorInput():
             return (TensorSpec(spec.column, "FP32", (-1, spec.size)),)
         case TextInput(pair=str(pair)):
@@ -98,6 +106,8 @@ def raw_examples(spec: Input, arrays: Mapping[str, np.ndarray]) -> list[bytes]:
     match spec:
         case VectorInput():
             return [vector.encode(row) for row in arrays[spec.column]]
+        case TensorsInput():
+            return tensors.encode(arrays, spec)
         case TextInput(pair=str(pair)):
             rows = zip(arrays[spec.column][:, 0], arrays[pair][:, 0], strict=True)
             return [_pair(spec, pair, i, *row) for i, row in enumerate(rows)]

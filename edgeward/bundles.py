@@ -13,6 +13,7 @@ from bundle.manifest import (
     Multilabel,
     Regression,
     Task,
+    TensorsInput,
     TextInput,
     VectorInput,
     WordsInput,
@@ -96,6 +97,8 @@ def _input(spec: Input) -> str:
             return f"words by {spec.segmenter} as {spec.column!r}"
         case VectorInput():
             return f"vector of {spec.size} numbers as {spec.column!r}"
+        case TensorsInput():
+            return ", ".join(f"{one.name!r} {one.datatype} {list(one.shape)}" for one in spec.tensors)
         case _:
             return f"{kind} as {spec.column!r}"
 

@@ -7,7 +7,7 @@ import numpy as np
 import structlog
 
 from bundle.errors import ModelError
-from bundle.manifest import ImageInput, Input, TextInput, VectorInput, WordsInput
+from bundle.manifest import ImageInput, Input, TensorsInput, TextInput, VectorInput, WordsInput
 from bundle.words import DICTIONARY, VOCABULARY, segmenter
 from finetune.checkpoint import load_checkpoint, read_spec
 from finetune.data import Dataset, Modality
@@ -24,13 +24,24 @@ def modality(path: str) -> Modality:
     Raises:
         CheckpointError: there is none, or it is damaged or of another format version.
     """
-    match read_spec(Path(path).expanduser())[0].input:
+    return modality_of(read_spec(Path(path).expanduser())[0].input)
+
+
+def modality_of(spec: Input) -> Modality:
+    """What examples become such an input.
+
+    Raises:
+        ModelError: they are tensors already.
+    """
+    match spec:
         case TextInput() | WordsInput():
             return "text"
         case ImageInput():
             return "image"
         case VectorInput():
             return "vector"
+        case TensorsInput():
+            raise ModelError("an input of tensors has no preprocessing: its examples are arrays, not texts or images.")
 
 
 def open_model(path: str, dataset: Dataset, train: np.ndarray) -> Pretrained:
