@@ -1,5 +1,6 @@
 """What this process may use of this machine: cores and instruction set."""
 
+import ctypes
 import os
 import platform
 from importlib import metadata
@@ -74,6 +75,28 @@ def isa_class(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     ranked = {"x86-64": ["avx512_vnni", "avx_vnni", "avx512f", "avx2"], "arm64": ["i8mm", "asimddp"]}
     best = next((flag for flag in ranked.get(machine, []) if flag in flags), None)
     return f"{machine}-{best.replace('_', '-')}" if best else machine
+
+
+def gpu_class() -> str | None:
+    """The compute capability of the first GPU, such as "sm90", as the CUDA driver gives it; None without a GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+    if driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device):
+        return None
+    if driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device):
+        return None
+    return f"sm{major.value}{minor.value}"
+
+
+def machine_class(device: str) -> str:
+    """What a variant for this device was gated on, when it was gated here: `gpu_class` of a GPU, else `isa_class`."""
+    return isa_class() if device == "cpu" else gpu_class() or "gpu"
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

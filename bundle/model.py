@@ -9,7 +9,7 @@ import structlog
 
 from bundle import outputs, preprocess
 from bundle.errors import BadInput, BundleDamaged, BundleUnsupported, DeviceUnavailable, SelfTestFailed
-from bundle.host import cpu_count, isa_class
+from bundle.host import cpu_count, machine_class
 from bundle.manifest import Golden, ImageInput, Input, Manifest, Variant
 from bundle.session import Device, Session
 from bundle.store import Bundle, open_bundle
@@ -17,6 +17,8 @@ from bundle.store import Bundle, open_bundle
 log = structlog.get_logger()
 
 MAX_ROWS = 64  # of one session run; more examples are run in turns
+DEVICES = ("tensorrt", "cuda", "cpu")  # in the order in which they are tried
+ADD = "edgeward export CHECKPOINT --add-to BUNDLE --out NEW"
 JPEG_MEAN, JPEG_MAX = 0.5, 32  # of 255: what two decoders may differ by, on average and at most
 
 
@@ -88,40 +90,71 @@ def load_model(path: Path, *, device: Device = "auto", threads: int | None = Non
 
     Raises:
         BundleError: it is damaged, unsupported, has no variant for the device, or fails its self-test.
-        DeviceUnavailable: CUDA was asked for and cannot be used.
+        DeviceUnavailable: a GPU was asked for, or is all that there are variants for, and cannot be used.
         MissingExtra: the bundle's preprocessing needs a package that is not installed.
         ModelError: the runtime cannot load or run the graph.
     """
     bundle = open_bundle(path)
-    variant, session = _start(bundle, device, threads)
-    _check_graph(bundle, variant, session)
-    model = Model(bundle, variant, session)
-    if variant.device == "cpu" and variant.isa != isa_class():
-        log.warning("another instruction set than the gate's", gated=variant.isa, here=isa_class(), bundle=str(path))
-    self_test(bundle, model)
+    devices = DEVICES if device == "auto" else (device,)
+    *first, last = _choices(bundle, devices)
+    for variant in first:
+        try:
+            return _start_chosen(bundle, variant, threads)
+        except DeviceUnavailable as error:
+            log.info("device passed over", device=variant.device, because=str(error))
+    return _start_chosen(bundle, last, threads)
+
+
+def _choices(bundle: Bundle, devices: Sequence[str]) -> list[Variant]:
+    """At least one."""
+    found = [choose_variant(bundle.manifest.variants, device) for device in devices]
+    choices = [variant for variant in found if variant]
+    if not choices:
+        built = ", ".join(f"{variant.name} for {variant.device}" for variant in bundle.manifest.variants)
+        raise BundleUnsupported(f"{bundle.path} has no variant for device {devices[0]}, only {built}.")
+    return choices
+
+
+def choose_variant(variants: Sequence[Variant], device: str) -> Variant | None:
+    """What is served on this machine's CPU or GPU, or None when there is nothing for it.
+
+    The first that was gated on this class of machine. Else the first that computes in floating point: its accuracy does
+    not hang on the instruction set. Else, int8 alone being there, the first: its self-test decides.
+    """
+    fitting = [variant for variant in variants if variant.device == device]
+    gated_here = [variant for variant in fitting if variant.isa == machine_class(device)]
+    floating = [variant for variant in fitting if variant.precision != "int8"]
+    return next(iter(gated_here or floating or fitting), None)
+
+
+def _start_chosen(bundle: Bundle, variant: Variant, threads: int | None) -> Model:
+    model = start_variant(bundle, variant, threads=threads)
+    here = machine_class(variant.device)
+    if variant.isa != here:
+        log.warning(
+            "gated on another class of machine; the self-test passed on this one",
+            bundle=str(bundle.path),
+            variant=variant.name,
+            gated=variant.isa,
+            here=here,
+            remedy=ADD,
+        )
     return model
 
 
-def _start(bundle: Bundle, device: Device, threads: int | None) -> tuple[Variant, Session]:
-    cuda, cpu = _choose_variant(bundle, "cuda"), _choose_variant(bundle, "cpu")
-    if cuda and device != "cpu":
-        try:
-            return cuda, Session(bundle.read(cuda.file), device="cuda", threads=threads)
-        except DeviceUnavailable as error:
-            if device == "cuda" or not cpu:
-                raise
-            log.info("device chosen", device="cpu", because=str(error))
-    if cpu and device != "cuda":
-        fastest = min(cpu.latency.threads, cpu_count())  # as export measured it
-        return cpu, Session(bundle.read(cpu.file), device="cpu", threads=threads or fastest)
-    built = ", ".join(f"{variant.name} for {variant.device}" for variant in bundle.manifest.variants)
-    raise BundleUnsupported(f"{bundle.path} has no variant for device {device}, only {built}.")
+def start_variant(bundle: Bundle, variant: Variant, *, threads: int | None = None) -> Model:
+    """Load one variant and hold it to its golden examples on its device.
 
-
-def _choose_variant(bundle: Bundle, device: str) -> Variant | None:
-    """The first that was gated on this instruction set, else the first: the manifest lists the fastest first."""
-    fitting = [variant for variant in bundle.manifest.variants if variant.device == device]
-    return next((variant for variant in fitting if variant.isa == isa_class()), fitting[0] if fitting else None)
+    Raises:
+        BundleError, DeviceUnavailable, MissingExtra, ModelError: see `load_model`.
+    """
+    if variant.device == "cpu" and threads is None:
+        threads = min(variant.latency.threads, cpu_count())  # as export measured it
+    session = Session(bundle.read(variant.file), device=variant.device, threads=threads)
+    _check_graph(bundle, variant, session)
+    model = Model(bundle, variant, session)
+    self_test(bundle, model)
+    return model
 
 
 def _check_graph(bundle: Bundle, variant: Variant, session: Session) -> None:
@@ -143,13 +176,7 @@ def self_test(bundle: Bundle, model: Model) -> None:
         SelfTestFailed: a tensor or a logit differs by more than the manifest allows.
     """
     for golden in bundle.manifest.goldens:
-        try:
-            tensors = preprocess.collate([model.encode(bundle.read(golden.file))], bundle.manifest.input)
-        except BadInput as error:
-            raise SelfTestFailed(f"{bundle.path}: golden example {golden.file} cannot be read here: {error}") from error
-        for name, tensor in tensors.items():
-            _check_tensor(bundle, golden, name, tensor[0], _load_tensor(bundle, golden, name))
-        got = model.session.run(tensors)
+        got = model.session.run(golden_tensors(bundle, golden, model.encode))
         for name, row in golden.logits[model.variant.name].items():
             expected = np.array([row], np.float32)
             same_shape = got[name].shape == expected.shape
@@ -158,8 +185,24 @@ def self_test(bundle: Bundle, model: Model) -> None:
                 raise SelfTestFailed(
                     f"{bundle.path}: {name} of golden example {golden.file} differs by {difference:.3g} from what was "
                     f"gated; the tolerance of variant {model.variant.name} is {model.variant.tolerance:.3g} (gated on "
-                    f"{model.variant.isa}, here {isa_class()}). The bundle was not started; export it on this machine."
+                    f"{model.variant.isa}, here {machine_class(model.variant.device)}). It was not started. Add a "
+                    f"variant for this machine: {ADD}."
                 )
+
+
+def golden_tensors(bundle: Bundle, golden: Golden, encode: preprocess.Encode) -> dict[str, np.ndarray]:
+    """The graph's inputs for one golden example, preprocessed here and found to be those of the bundle.
+
+    Raises:
+        SelfTestFailed: the example cannot be read here, or a tensor differs by more than the manifest allows.
+    """
+    try:
+        tensors = preprocess.collate([encode(bundle.read(golden.file))], bundle.manifest.input)
+    except BadInput as error:
+        raise SelfTestFailed(f"{bundle.path}: golden example {golden.file} cannot be read here: {error}") from error
+    for name, tensor in tensors.items():
+        _check_tensor(bundle, golden, name, tensor[0], _load_tensor(bundle, golden, name))
+    return tensors
 
 
 def _load_tensor(bundle: Bundle, golden: Golden, name: str) -> np.ndarray:

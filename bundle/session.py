@@ -1,7 +1,9 @@
 """The only place where an ONNX Runtime session is made; the gate, the server, the scorer and the benchmarks run it."""
 
 import os
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -21,9 +23,13 @@ except ImportError as error:
 
 log = structlog.get_logger()
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider"],
+    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider"],  # CUDA runs what TensorRT cannot
+}
 _DATATYPES = {
     "tensor(bool)": "BOOL",
     "tensor(int8)": "INT8",
@@ -45,7 +51,7 @@ class Session:
     """One ONNX graph on one device. `run` may be called from several threads at once.
 
     Attributes:
-        device: "cpu" or "cuda", the one it really runs on.
+        device: "cpu", "cuda" or "tensorrt", the one it really runs on.
         inputs: what the graph takes, in its order.
         outputs: what the graph gives, in its order.
     """
@@ -57,19 +63,17 @@ class Session:
 
         Args:
             graph: a serialised ONNX model.
-            device: "auto" takes CUDA where it works, else the CPU, and logs which.
+            device: "auto" takes CUDA where it works, else the CPU, and logs which. "tensorrt" compiles its engines
+                anew at every start, as files of them could not be verified.
             threads: of one run on the CPU; by default all the cores that this process may use.
             optimize: False leaves the graph as it was exported, to tell the exporter's faults from the runtime's.
 
         Raises:
-            DeviceUnavailable: CUDA was asked for and cannot be used.
+            DeviceUnavailable: a GPU was asked for and cannot be used.
             ModelError: the runtime cannot load the graph.
         """
         self.threads = cpu_count() if threads is None else max(1, threads)
-        self._session = _start(graph, device, self.threads, optimize)
-        self.device: Literal["cpu", "cuda"] = (
-            "cuda" if self._session.get_providers()[0] == _PROVIDERS["cuda"] else "cpu"
-        )
+        self.device, self._session = _start(graph, device, self.threads, optimize)
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
         self._output_names = [spec.name for spec in self.outputs]
@@ -87,39 +91,66 @@ class Session:
         return dict(zip(self._output_names, values, strict=True))
 
 
-def _start(graph: bytes, device: Device, threads: int, optimize: bool) -> onnxruntime.InferenceSession:
-    if device == "cpu":
-        return _load(graph, "cpu", threads, optimize)
+def optimized(graph: bytes, *, level: Literal["basic", "all"] = "all") -> bytes:
+    """The graph as the runtime would run it on the CPU of this machine, a serialised ONNX model.
+
+    Args:
+        graph: a serialised ONNX model.
+        level: "basic" folds constants and joins what is redundant, and any ONNX runtime can load the result; "all" has
+            kernels of this runtime and of this machine.
+
+    Raises:
+        ModelError: the runtime cannot load the graph.
+    """
+    levels = onnxruntime.GraphOptimizationLevel
+    options = _options(1, optimize=True)
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if level == "all" else levels.ORT_ENABLE_BASIC
+    with tempfile.TemporaryDirectory(prefix="edgeward-") as folder:
+        path = Path(folder) / "optimized.onnx"
+        options.optimized_model_filepath = str(path)
+        try:
+            onnxruntime.InferenceSession(
+                graph, sess_options=options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
+        except Exception as error:  # onnxruntime's own classes derive from Exception
+            raise ModelError(f"ONNX Runtime cannot load the graph: {error}") from error
+        return path.read_bytes()
+
+
+def _start(
+    graph: bytes, device: Device, threads: int, optimize: bool
+) -> tuple[Literal["cpu", "cuda", "tensorrt"], onnxruntime.InferenceSession]:
+    if device != "auto":
+        return device, _load(graph, device, threads, optimize)
     try:
-        return _load(graph, "cuda", threads, optimize)
+        return "cuda", _load(graph, "cuda", threads, optimize)
     except DeviceUnavailable as error:
-        if device == "cuda":
-            raise
         log.info("device chosen", device="cpu", because=str(error))
-        return _load(graph, "cpu", threads, optimize)
+        return "cpu", _load(graph, "cpu", threads, optimize)
 
 
 def _load(graph: bytes, device: str, threads: int, optimize: bool) -> onnxruntime.InferenceSession:
+    providers = _PROVIDERS[device]
     available = onnxruntime.get_available_providers()
-    if _PROVIDERS[device] not in available:
+    if providers[0] not in available:
         raise DeviceUnavailable(
-            f"this onnxruntime has no {_PROVIDERS[device]}, only {', '.join(available)}. "
+            f"this onnxruntime has no {providers[0]}, only {', '.join(available)}. "
             "For CUDA: pip uninstall onnxruntime; pip install 'edgeward[cuda]'."
         )
-    if device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+    if device != "cpu" and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # the CUDA libraries of pip's nvidia packages
+    name = {"cuda": "CUDA", "tensorrt": "TensorRT"}.get(device, device)
     try:
         session = onnxruntime.InferenceSession(
-            graph, sess_options=_options(threads, optimize), providers=[_PROVIDERS[device]], enable_fallback=0
+            graph, sess_options=_options(threads, optimize), providers=providers, enable_fallback=0
         )
     except Exception as error:
-        if device == "cuda" and isinstance(
-            error, RuntimeError
-        ):  # the provider's own; a bad graph's derive from Exception
-            raise DeviceUnavailable(f"CUDA cannot be used here: {error}") from error
+        # The provider's own errors are RuntimeErrors; those of a bad graph derive from Exception.
+        if device != "cpu" and isinstance(error, RuntimeError):
+            raise DeviceUnavailable(f"{name} cannot be used here: {error}") from error
         raise ModelError(f"ONNX Runtime cannot load the graph: {error}") from error
-    if session.get_providers()[0] != _PROVIDERS[device]:  # the runtime falls back to the CPU without an error
-        raise DeviceUnavailable("CUDA cannot be used here: no GPU, no driver, or no CUDA libraries.")
+    if session.get_providers()[0] != providers[0]:  # the runtime falls back to the next without an error
+        raise DeviceUnavailable(f"{name} cannot be used here: no GPU, no driver, or no {name} libraries.")
     return session
 
 

@@ -1,3 +1,4 @@
+import ctypes
 import os
 import platform
 import subprocess
@@ -5,7 +6,7 @@ import sys
 
 import pytest
 
-from bundle.host import cpu_count, cpu_name, cpu_quota, isa_class
+from bundle.host import cpu_count, cpu_name, cpu_quota, gpu_class, isa_class, machine_class
 
 
 def write(path, text):
@@ -144,3 +145,40 @@ def test_processor_has_a_name(tmp_path):
 
     assert cpu_name(tmp_path / "cpuinfo") == "Some CPU @ 2.00GHz"
     assert cpu_name(tmp_path / "nothing")
+
+
+class Driver:
+    """What the CUDA driver's functions do, for a GPU of compute capability 8.9; or they fail."""
+
+    def __init__(self, status=0):
+        self.status = status
+
+    def cuInit(self, flags):
+        return self.status
+
+    def cuDeviceGet(self, device, ordinal):
+        return self.status
+
+    def cuDeviceGetAttribute(self, value, attribute, device):
+        value._obj.value = {75: 8, 76: 9}[attribute]
+        return self.status
+
+
+@pytest.mark.parametrize(("status", "expected"), [(0, "sm89"), (100, None)])
+def test_gpu_is_named_by_its_compute_capability(monkeypatch, status, expected):
+    """The class of a GPU is what the driver says of the first one; a driver without a GPU gives none."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(status))
+
+    assert gpu_class() == expected
+    assert machine_class("cuda") == machine_class("tensorrt") == (expected or "gpu")
+    assert machine_class("cpu") == isa_class()
+
+
+def test_machine_without_a_driver_has_no_gpu(monkeypatch):
+    """Where there is no CUDA driver, there is no class either."""
+
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert gpu_class() is None

@@ -399,25 +399,73 @@ def test_text_bundle_without_tokenizer_is_damage(text):
 # Choosing a variant.
 
 
-def test_first_variant_is_served_where_none_was_gated(text):
-    """On an instruction set that nothing was gated on, the first variant is taken, and the log says so."""
-    names = ("first", "second")
-    both = variants(text, {"name": "first", "isa": "other-a"}, {"name": "second", "isa": "other-b"})
-    reseal(text, variants=both, goldens=goldens(text, *names))
+@pytest.mark.parametrize(
+    ("there", "served"),
+    [
+        (["int8 other-a", "int8 other-b"], 0),
+        (["int8 other", "int8 here"], 1),
+        (["int8 other", "fp32 other", "int8 here"], 2),
+        (["int8 here", "fp32 here"], 0),
+        (["fp32 here", "int8 here"], 0),
+        (["int8 other-a", "fp32 other-b", "fp32 other-a"], 1),
+        (["int8 other", "fp32 other"], 1),
+    ],
+)
+def test_variant_proved_here_is_served_else_one_in_floating_point(text, there, served):
+    """Gated on this class of machine comes first, then fp32 from anywhere, then int8 from elsewhere; each in order."""
+    names = [str(number) for number in range(len(there))]
+    changes = []
+    for name, (precision, isa) in zip(names, map(str.split, there), strict=True):
+        changes.append({"name": name, "precision": precision, "isa": isa_class() if isa == "here" else isa})
+    reseal(text, variants=variants(text, *changes), goldens=goldens(text, *names))
 
     with structlog.testing.capture_logs() as logs:
-        assert load_model(text, device="cpu").variant.name == "first"
-    assert [(each["log_level"], each["gated"]) for each in logs] == [("warning", "other-a")]
+        assert load_model(text, device="cpu").variant.name == names[served]
+    gated = there[served].split()[1]
+    said = [] if gated == "here" else [("warning", names[served], gated, isa_class())]
+    assert [(each["log_level"], each["variant"], each["gated"], each["here"]) for each in logs] == said
 
 
-def test_variant_gated_on_this_instruction_set_is_preferred(text):
-    """A variant that was added on this kind of machine is served here, in silence."""
-    both = variants(text, {"name": "first", "isa": "other"}, {"name": "mine", "isa": isa_class()})
-    reseal(text, variants=both, goldens=goldens(text, "first", "mine"))
+def test_int8_from_elsewhere_is_held_to_its_golden_examples(text):
+    """An int8 variant that gives other answers on this machine is not served, and the error names the remedy."""
+    sealed = open_bundle(text).manifest
+    golden = sealed.goldens[0]
+    a, b, c = golden.logits["fp32"]["logits"]
+    moved = msgspec.structs.replace(golden, logits={"fp32": {"logits": (a, b, c + 1)}})
+    elsewhere = variants(text, {"precision": "int8", "isa": "other", "tolerance": 0.5})
+    reseal(text, goldens=(moved, *sealed.goldens[1:]), variants=elsewhere)
 
-    with structlog.testing.capture_logs() as logs:
-        assert load_model(text, device="cpu").variant.name == "mine"
+    with (
+        structlog.testing.capture_logs() as logs,
+        pytest.raises(SelfTestFailed, match=r"gated on other, here .*Add a variant for this machine: .*--add-to"),
+    ):
+        load_model(text, device="cpu")
     assert logs == []
+
+
+@pytest.mark.skipif(CUDA, reason="a GPU works here")
+def test_devices_are_tried_in_turn():
+    """Left to choose, the first of TensorRT, CUDA and the CPU that works is taken; the log says what was not."""
+    with structlog.testing.capture_logs() as logs:
+        model = load_model(GOLDEN / "format-3-variants")
+
+    assert model.variant.device == model.session.device == "cpu"
+    assert [each["device"] for each in logs if "because" in each] == ["tensorrt", "cuda"]
+
+
+@pytest.mark.skipif(CUDA, reason="a GPU works here")
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_gpu_that_is_asked_for_is_not_replaced(device):
+    """Who asks for a GPU gets it or an error."""
+    with pytest.raises(DeviceUnavailable, match=r"ExecutionProvider|cannot be used here"):
+        load_model(GOLDEN / "format-3-variants", device=device)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not CUDA, reason="no GPU, or an onnxruntime without CUDA")
+def test_fp16_variant_starts_on_a_gpu():
+    """The graph in fp16 gives its golden logits on a GPU."""
+    assert load_model(GOLDEN / "format-3-variants", device="cuda").variant.precision == "fp16"
 
 
 def test_device_without_a_variant_is_unsupported(text):

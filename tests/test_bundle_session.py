@@ -150,10 +150,11 @@ def test_threads_agree(session):
 
 
 @pytest.mark.skipif(CUDA, reason="CUDA works here")
-def test_cuda_is_not_replaced_by_the_cpu():
-    """Who asks for CUDA gets it or an error that says how."""
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_gpu_is_not_replaced_by_the_cpu(device):
+    """Who asks for a GPU gets it or an error that says how."""
     with pytest.raises(DeviceUnavailable, match="CUDA"):
-        Session(graph(), device="cuda")
+        Session(graph(), device=device)
 
 
 @pytest.mark.skipif(CUDA, reason="CUDA works here")

@@ -539,7 +539,7 @@ def test_key_that_occurs_twice_is_refused(text):
         open_bundle(text)
 
 
-@pytest.mark.parametrize("version", [0, 3, 99, "1", None, True, 1.5])
+@pytest.mark.parametrize("version", [0, 4, 99, "1", None, True, 1.5])
 def test_other_format_version_is_unsupported(text, version):
     """A format that this version does not know is said to be one, before anything else of it is read."""
     sealed = {"format": "edgeward-bundle", "format_version": version, "whatever": {"comes": "next"}}
