@@ -30,8 +30,8 @@ class TrainConfig:
     """Directory of the checkpoint; must not exist yet."""
     strategy: Strategy | None = None
     """probe fits a linear head on the frozen model's features; last trains the last blocks; full every weight; lp-ft
-    probes and then trains every weight; lora trains low-rank changes and merges them; auto climbs probe, last, full
-    while it pays. By default probe, and full where there are new hidden layers."""
+    probes and then trains every weight; lora trains low-rank changes and merges them; auto tries probe, last, full
+    while there is something to gain and keeps the best. By default probe, or full where hidden layers are new."""
     input_column: tuple[str, ...] = ()
     """Of a table: the texts (two columns for pairs), the paths of the images, or the numbers of a vector; of an .npz:
     the array. By default "text", "image", every column of numbers that is no label, or "x"."""

@@ -1,6 +1,7 @@
 """Everything that a strategy works on."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from finetune.data import Dataset
 from finetune.model import Network
 from finetune.parallel import World
 from finetune.pretrained import Pretrained
-from finetune.splits import SplitName, Splits
+from finetune.splits import SPLIT_NAMES, SplitName, Splits
 from finetune.target import Target
 
 
@@ -39,7 +40,11 @@ class Job:
 
     def indices(self, split: SplitName) -> np.ndarray:
         """Positions int64 (N,) of a split's examples in the dataset."""
-        return self.splits.indices(self.dataset, split)
+        return self._positions[split]
+
+    @cached_property
+    def _positions(self) -> dict[SplitName, np.ndarray]:
+        return {split: self.splits.indices(self.dataset, split) for split in SPLIT_NAMES}
 
     def targets(self, indices: np.ndarray) -> tuple[Target, ...]:
         """The label columns of some examples."""

@@ -20,6 +20,7 @@ from finetune.config import Strategy, TrainConfig
 from finetune.features import backbone_features, encode_rows, teacher_logits
 from finetune.job import Job
 from finetune.loop import Examples, Recipe, fit
+from finetune.model import Network
 from finetune.objective import make_objective
 from finetune.parallel import sharded_logits
 from finetune.probe import fit_head
@@ -28,7 +29,8 @@ from finetune.resume import Progress
 log = structlog.get_logger()
 
 PROBED_RATE = 0.4  # lp-ft: of the learning rate, when the head already fits
-WORTHWHILE = 0.005  # auto: the least gain for which the next rung is tried; a fraction, of rmse and loss relative
+WORTHWHILE = 0.005  # auto: with less than this left to gain it stops; a fraction, of rmse and loss relative
+_RUNGS: tuple[Strategy, ...] = ("probe", "last", "full")  # of auto
 
 Row = dict[str, float]
 
@@ -162,37 +164,42 @@ def _lora(job: Job) -> Outcome:
 
 
 def _auto(job: Job) -> Outcome:
-    """Climb probe, last, lp-ft while the last step paid, and keep the best rung.
+    """Climb probe, last, full, each from the first weights, while the best leaves something to gain; keep the best.
 
-    The blocks of `last` and `lp-ft` start from the head that the probe fitted.
+    A rung that gains nothing ends nothing: where the features do not fit the task, probe and last reach the same, and
+    full what neither can. Of equals the cheaper is kept.
     """
     metric = job.config.metric or evaluate.main_metric(job.tasks)
     validation = job.targets(job.indices("validation"))
-    best: Outcome | None = None
-    before = 0.0  # the metric of the rung below, which is the best as long as the climb goes on
-    weights: dict[str, torch.Tensor] = {}
+    first, kept = _weights(job.network), _weights(job.network)
+    best, outcome = 0.0, None
     rungs: list[dict[str, str | float]] = []
-    for strategy in ("probe", "last", "lp-ft"):
+    for strategy in _RUNGS:
         start = time.perf_counter()
-        if strategy == "probe":
-            reached = _probe(job)
-        else:
-            reached = _train(job, strategy, _last(job) if strategy == "last" else _everything(job), PROBED_RATE)
+        job.network.load_state_dict(first)
+        reached = adapt(job, strategy)
         value = evaluate.score(job.tasks, reached.logits, validation)[metric]
-        gain = math.inf if best is None else _gain(metric, before, value)
-        rungs.append(
-            {"strategy": strategy, metric: value, "trained": reached.trained, "seconds": time.perf_counter() - start}
-            | ({} if best is None else {"gain": gain})
-        )
+        seconds = time.perf_counter() - start
+        gain = math.inf if outcome is None else _gain(metric, best, value)
+        rungs.append({"strategy": strategy, metric: value, "trained": reached.trained, "seconds": seconds})
+        if outcome is not None:
+            rungs[-1]["gain"] = gain
         log.info("rung", **rungs[-1])
         if gain > 0:
-            best, before = reached, value
-            weights = {name: tensor.clone() for name, tensor in job.network.state_dict().items()}
-        if gain < WORTHWHILE:
+            best, outcome, kept = value, reached, _weights(job.network)
+        if _gain(metric, best, _perfect(metric)) < WORTHWHILE:
             break
-    assert best is not None
-    job.network.load_state_dict(weights)
-    return replace(best, rungs=tuple(rungs))
+    assert outcome is not None
+    job.network.load_state_dict(kept)
+    return replace(outcome, rungs=tuple(rungs))
+
+
+def _weights(network: Network) -> dict[str, torch.Tensor]:
+    return {name: tensor.to("cpu", copy=True) for name, tensor in network.state_dict().items()}
+
+
+def _perfect(metric: str) -> float:
+    return 1.0 if evaluate.better(metric, 1.0, 0.0) else 0.0
 
 
 def _gain(metric: str, before: float, after: float) -> float:

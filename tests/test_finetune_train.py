@@ -137,6 +137,48 @@ def test_files_are_those_of_the_format(tuned, probed):
     assert spec["provenance"]["config"]["strategy"] == "full"
 
 
+def vectors_config(folder, distance, **changes):
+    """Dense layers on two clouds of points at that distance; at 0 on whether both numbers of a point have one sign."""
+    points = np.random.default_rng(0).normal(size=(200, 2))
+    labels = np.arange(200) % 2 if distance else (points.prod(axis=1) > 0).astype(int)
+    np.savez(folder / "data.npz", x=(points + distance * labels[:, None]).astype(np.float32), y=labels)
+    config = TrainConfig("mlp", str(folder / "data.npz"), out=folder / "auto", strategy="auto", widths=(8,), threads=1)
+    return dataclasses.replace(config, split=(0.4, 0.4, 0.1, 0.1), cache=False, **changes)
+
+
+def test_auto_keeps_what_the_best_strategy_alone_gives(tmp_path):
+    """Every rung starts from the first weights, so that the best one is bit-equal to that strategy alone."""
+    config = vectors_config(tmp_path, 0, epochs=30, learning_rate=0.05, metric="loss")
+    result = train(config)
+    alone = train(dataclasses.replace(config, strategy="full", out=tmp_path / "full"))
+
+    assert [rung["strategy"] for rung in result.rungs] == ["probe", "last", "full"]
+    probe, last, full = (rung["loss"] for rung in result.rungs)
+    assert full < 0.8 * probe
+    assert result.rungs[2]["gain"] == pytest.approx(1 - full / min(probe, last))
+    assert (result.metrics, result.trainable_parameters) == (alone.metrics, alone.trainable_parameters)
+    kept, expected = (load_file(tmp_path / name / "weights.safetensors") for name in ("auto", "full"))
+    assert all(torch.equal(kept[name], expected[name]) for name in expected)
+
+
+def test_auto_goes_on_after_a_rung_that_gains_nothing(tmp_path):
+    """Without a gain the next rung is tried all the same; the gain is that over the best so far."""
+    result = train(vectors_config(tmp_path, 1, epochs=1, learning_rate=1e-12))
+    probe, last, full = result.rungs
+
+    assert "gain" not in probe
+    assert last["gain"] == last["accuracy"] - probe["accuracy"] < 0  # a head as random as at first
+    assert full["gain"] == full["accuracy"] - probe["accuracy"] < 0
+    assert (result.metrics["accuracy"], result.trainable_parameters) == (probe["accuracy"], probe["trained"])
+
+
+def test_auto_stops_where_nothing_is_left_to_gain(tmp_path):
+    """What the probe gets all right is trained no further."""
+    result = train(vectors_config(tmp_path, 20))
+
+    assert [(rung["strategy"], rung["accuracy"]) for rung in result.rungs] == [("probe", 1.0)]
+
+
 @pytest.mark.parametrize("strategy", ["probe", "full"])
 def test_training_repeats_bit_for_bit(place, tmp_path, strategy):
     """Two runs of one configuration give the same weights, whatever was drawn at random before."""
