@@ -3,7 +3,8 @@
 import re
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 from zipfile import BadZipFile
@@ -13,6 +14,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from bundle.errors import BadInput
+from bundle.tensor import NUMPY_TYPES, TensorSpec, conform
 from edgeward.result import give
 from serve.client import Client
 from serve.server import ServeConfig
@@ -52,19 +54,22 @@ def infer(
         model: name that it is served under.
         inputs: each the path of a file, "-" for stdin, or else the text itself. A model of two texts takes two inputs
             for each example. A model of vectors takes numbers with commas between them, files with such a line for
-            each example, .npy files, and .npz files, of these their only array or their array x.
+            each example, .npy files, and .npz files, of these the array of the input's name, their only one, or x. A
+            model of tensors takes .npz files with an array for each input.
         timeout_s: of the call, in seconds.
         json: give the answers as one JSON object.
     """
     with Client(address, timeout_s=timeout_s) as client:
         takes = client.metadata(model)
-        examples: Sequence[Any] | np.ndarray
+        examples: Sequence[Any] | np.ndarray | Mapping[str, Any]
         match takes.examples:
             case "vector":
-                examples, shown = _vectors(inputs, takes.inputs[0].shape[1])
+                examples, shown = _vectors(inputs, takes.inputs[0])
+            case "tensors":
+                examples, shown = _tensors(inputs, takes.inputs)
             case "pair":
                 examples, shown = _pairs(inputs, *(spec.name for spec in takes.inputs))
-            case _:  # predict refuses what takes tensors
+            case _:  # predict refuses what is no bundle
                 examples, shown = [_raw(value) for value in inputs], list(inputs)
         answers = client.predict(model, examples)
     table = Table()
@@ -98,11 +103,12 @@ def _pairs(inputs: tuple[str, ...], first: str, second: str) -> tuple[list[tuple
     return [(_raw(a), _raw(b)) for a, b in sides], [f"{a} | {b}" for a, b in sides]
 
 
-def _vectors(inputs: tuple[str, ...], size: int) -> tuple[np.ndarray, list[str]]:
-    """Vectors float32 (N, size), and what each is called in the table."""
+def _vectors(inputs: tuple[str, ...], spec: TensorSpec) -> tuple[np.ndarray, list[str]]:
+    """Vectors (N, numbers), and what each is called in the table."""
+    size = spec.shape[1]
     parts, shown = [np.zeros((0, size), np.float32)], []
     for value in inputs:
-        rows = _read_vectors(value)
+        rows = _read_vectors(value, spec.name)
         if rows.dtype.kind not in "biuf" or rows.ndim != 2 or rows.shape[1] != size:
             raise BadInput(
                 f"input {value!r} is {rows.dtype} {list(rows.shape)}; the model takes vectors of {size} numbers."
@@ -112,9 +118,34 @@ def _vectors(inputs: tuple[str, ...], size: int) -> tuple[np.ndarray, list[str]]
     return np.concatenate(parts), shown
 
 
-def _read_vectors(value: str) -> np.ndarray:
+def _tensors(inputs: tuple[str, ...], specs: tuple[TensorSpec, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """An array for each input, their rows those of all files, and what each example is called in the table."""
+    parts = {spec.name: [np.zeros((0, *spec.shape[1:]), NUMPY_TYPES[spec.datatype])] for spec in specs}
+    shown = []
+    for value in inputs:
+        arrays = _read_arrays(Path(value), specs)
+        for name, array in arrays.items():
+            parts[name].append(array)
+        shown += [f"{value}, example {row}" for row in range(len(arrays[specs[0].name]))]
+    return {name: np.concatenate(rows) for name, rows in parts.items()}, shown
+
+
+def _read_arrays(path: Path, specs: tuple[TensorSpec, ...]) -> dict[str, np.ndarray]:
+    with _opened(path) as loaded:
+        wanted = ", ".join(f"{spec.name!r} {spec}" for spec in specs)
+        names = [] if isinstance(loaded, np.ndarray) else list(loaded)
+        if not {spec.name for spec in specs} <= set(names):
+            raise BadInput(f"{path} has {', '.join(names) or 'no named arrays'}; the model takes {wanted}.")
+        arrays = {spec.name: conform(loaded[spec.name], spec, f"array {spec.name!r} of {path}") for spec in specs}
+    if len({len(array) for array in arrays.values()}) > 1:
+        lengths = ", ".join(f"{len(array)} {name!r}" for name, array in arrays.items())
+        raise BadInput(f"the arrays of {path} differ in rows: {lengths}.")
+    return arrays
+
+
+def _read_vectors(value: str, name: str) -> np.ndarray:
     if Path(value).suffix in (".npy", ".npz"):
-        array = _read_array(Path(value))
+        array = _read_array(Path(value), name)
         return array[None] if array.ndim == 1 else array
     lines = _raw(value).decode(errors="replace").splitlines()
     try:
@@ -125,20 +156,26 @@ def _read_vectors(value: str) -> np.ndarray:
         ) from error
 
 
-def _read_array(path: Path) -> np.ndarray:
+def _read_array(path: Path, name: str) -> np.ndarray:
+    with _opened(path) as loaded:
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        names = list(loaded)
+        found = next((one for one in (name, "x") if one in names), None) or (names[0] if len(names) == 1 else None)
+        if found is None:
+            raise BadInput(f"{path} has no array {name!r} or 'x', only {', '.join(names) or 'none'}.")
+        array: np.ndarray = loaded[found]
+        return array
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """What numpy makes of a file: an array, or several by name."""
     try:
         with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return loaded
-            names = list(loaded)
-            name = names[0] if len(names) == 1 else "x"
-            if name not in names:
-                raise BadInput(f"{path} has no array 'x', only {', '.join(names) or 'none'}.")
-            array: np.ndarray = loaded[name]
-            return array
+            yield np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
-        raise BadInput(f"{path} cannot be read as vectors: {error}.") from error
+        raise BadInput(f"{path} cannot be read as arrays: {error}.") from error
 
 
 def _cell(values: np.ndarray) -> str:

@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 
 from bundle.errors import BadInput
-from bundle.tensor import NUMPY_TYPES, TensorSpec
+from bundle.tensor import NUMPY_TYPES, TensorSpec, conform
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as rpc
 from serve.errors import ServerError
@@ -29,18 +29,18 @@ class ModelMetadata:
     outputs: tuple[TensorSpec, ...]
 
     @property
-    def examples(self) -> Literal["raw", "pair", "vector"] | None:
-        """What Client.predict takes: texts or images, pairs of texts, or vectors; None where it takes tensors only."""
+    def examples(self) -> Literal["raw", "pair", "vector", "tensors"] | None:
+        """What Client.predict takes: texts or images, pairs of texts, vectors, or named arrays; None: it refuses."""
         if self.platform != "edgeward_bundle":
             return None
-        match [spec.datatype for spec in self.inputs]:
-            case ["BYTES"]:
+        match self.inputs:
+            case [TensorSpec(datatype="BYTES")]:
                 return "raw"
-            case ["BYTES", "BYTES"]:
+            case [TensorSpec(datatype="BYTES"), TensorSpec(datatype="BYTES")]:
                 return "pair"
-            case ["FP32"]:
+            case [TensorSpec(datatype="FP32", shape=(_, _))]:
                 return "vector"
-        return None
+        return "tensors"
 
 
 class Client:
@@ -101,7 +101,9 @@ class Client:
             outputs=tuple(TensorSpec(spec.name, spec.datatype, tuple(spec.shape)) for spec in answer.outputs),
         )
 
-    def predict(self, model: str, raws: Sequence[Any] | np.ndarray, version: str = "") -> dict[str, np.ndarray]:
+    def predict(
+        self, model: str, raws: Sequence[Any] | np.ndarray | Mapping[str, Any], version: str = ""
+    ) -> dict[str, np.ndarray]:
         """The answers of a bundle for raw examples. docs/protocol.md names them.
 
         The bundle's input is looked up once per model and version.
@@ -109,11 +111,12 @@ class Client:
         Args:
             model: its name.
             raws: one each of: a text or the bytes of an image; a pair of texts, (first, second); a vector, or of
-                all of them an array (N, numbers).
+                all of them an array (N, numbers). Of tensors, and of vectors too, arrays by input name, each with
+                one row for each example.
             version: "" for the highest.
 
         Raises:
-            BadInput: the model takes tensors, or other examples.
+            BadInput: the model is no bundle, or takes other examples.
             ServerError: an example cannot be used, there is no such model, or no answer.
         """
         if (model, version) not in self._metadata:
@@ -124,8 +127,10 @@ class Client:
                 columns = [_bytes_column(raws, "a text or the bytes of an image")]
             case "pair":
                 columns = _pair_columns(raws)
-            case "vector":
+            case "vector" if not isinstance(raws, Mapping):
                 columns = [_vectors(raws, metadata.inputs[0].shape[1])]
+            case "vector" | "tensors":
+                columns = _tensors(raws, metadata.inputs)
             case None:
                 takes = ", ".join(f"{spec.name!r} {spec}" for spec in metadata.inputs)
                 raise BadInput(f"model {model!r} takes no raw examples but {takes}. Send tensors with infer.")
@@ -177,8 +182,8 @@ class Client:
             raise ServerError(self.address, error.code(), error.details() or "") from error
 
 
-def _bytes_column(raws: Sequence[Any] | np.ndarray, expected: str) -> np.ndarray:
-    if isinstance(raws, str | bytes):
+def _bytes_column(raws: Sequence[Any] | np.ndarray | Mapping[str, Any], expected: str) -> np.ndarray:
+    if isinstance(raws, str | bytes | Mapping):
         raise BadInput(f"the examples are one {type(raws).__name__}; expected a list, each of it {expected}.")
     column = np.empty((len(raws), 1), object)
     for i, raw in enumerate(raws):
@@ -188,7 +193,7 @@ def _bytes_column(raws: Sequence[Any] | np.ndarray, expected: str) -> np.ndarray
     return column
 
 
-def _pair_columns(raws: Sequence[Any] | np.ndarray) -> list[np.ndarray]:
+def _pair_columns(raws: Sequence[Any] | np.ndarray | Mapping[str, Any]) -> list[np.ndarray]:
     for i, raw in enumerate(raws):
         if isinstance(raw, str | bytes) or not hasattr(raw, "__len__") or len(raw) != 2:
             raise BadInput(f"example {i} is no pair of texts; expected (first, second).")
@@ -206,6 +211,14 @@ def _vectors(raws: Sequence[Any] | np.ndarray, size: int) -> np.ndarray:
         raise BadInput(f"the vectors are {array.dtype} {list(array.shape)}; expected numbers of shape [-1, {size}].")
     with np.errstate(over="ignore"):  # the server says which number is not finite
         return array.astype(np.float32)
+
+
+def _tensors(arrays: Any, specs: Sequence[TensorSpec]) -> list[np.ndarray]:
+    names = [spec.name for spec in specs]
+    if not isinstance(arrays, Mapping) or set(arrays) != set(names):
+        got = ", ".join(map(repr, arrays)) if isinstance(arrays, Mapping) else f"one {type(arrays).__name__}"
+        raise BadInput(f"the examples are {got or 'nothing'}; expected arrays by name: {', '.join(map(repr, names))}.")
+    return [conform(arrays[spec.name], spec, f"input {spec.name!r}") for spec in specs]
 
 
 def _datatype(name: str, array: np.ndarray) -> str:

@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from bundle import outputs, preprocess, vector
+from bundle import outputs, preprocess, tensors, vector
 from bundle.host import isa_class
 from bundle.manifest import (
     FORMAT,
@@ -25,9 +25,11 @@ from bundle.manifest import (
     Manifest,
     Multiclass,
     Multilabel,
+    NamedTensor,
     Provenance,
     Regression,
     Task,
+    TensorsInput,
     TextInput,
     Variant,
     VectorInput,
@@ -47,6 +49,13 @@ REVIEW = WordsInput(
     column="review", segmenter="jieba", lowercase=True, hmm=True, max_words=4, buckets=(2, 4), max_bytes=1000
 )
 FLOWER = VectorInput(column="flower", size=3, names=("sepal", "petal", "stem"))
+PLOT = TensorsInput(
+    tensors=(
+        NamedTensor(name="counts:0", datatype="INT32", shape=(2, 3)),
+        NamedTensor(name="scale", datatype="FP32", shape=()),
+        NamedTensor(name="known", datatype="BOOL", shape=(2,)),
+    )
+)
 DICTIONARY = "好 9\n电影 50 n\n这部 20\n很 30\n难看 8\n看 7\n".encode()
 VOCABULARY = "电影\n好\n难看\nfilm\n很\n".encode()
 MOOD = Multiclass(name="mood", labels=("good", "bad", "neither — é"))
@@ -139,6 +148,26 @@ def vector_graph(tasks):
     return model_bytes(nodes, [("features", TensorProto.FLOAT, ["batch", FLOWER.size])], results, weights)
 
 
+def tensors_graph(tasks):
+    """The sums of the counts where they are known, and the scale, to the heads."""
+    heads, results, weights = _heads(tasks, 3)
+    nodes = [
+        helper.make_node("Cast", ["counts:0"], ["numbers"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["numbers", "last"], ["sums"], keepdims=0),
+        helper.make_node("Cast", ["known"], ["ones"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["sums", "ones"], ["some"]),
+        helper.make_node("Unsqueeze", ["scale", "first"], ["column"]),
+        helper.make_node("Concat", ["some", "column"], ["mean"], axis=1),
+        *heads,
+    ]
+    inputs = [
+        ("counts:0", TensorProto.INT32, ["batch", 2, 3]),
+        ("scale", TensorProto.FLOAT, ["batch"]),
+        ("known", TensorProto.BOOL, ["batch", 2]),
+    ]
+    return model_bytes(nodes, inputs, results, {"last": np.array([2]), "first": np.array([1]), **weights})
+
+
 def image_graph(tasks):
     heads, results, weights = _heads(tasks, 3)
     nodes = [
@@ -192,6 +221,15 @@ def write_vector_bundle(out: Path, *, name="flowers", tasks=TASKS, **changes):
     return _write(out, name, FLOWER, tasks, vector_graph(tasks), raws, {}, **changes)
 
 
+def write_tensors_bundle(out: Path, *, name="plots", tasks=TASKS, **changes):
+    arrays = {
+        "counts:0": np.array([[[1, 2, 3], [4, 5, 6]], np.zeros((2, 3))], np.int32),
+        "scale": np.array([0.5, 0], np.float32),
+        "known": np.array([[True, True], [False, True]]),
+    }
+    return _write(out, name, PLOT, tasks, tensors_graph(tasks), tensors.encode(arrays, PLOT), {}, **changes)
+
+
 def _write(
     out: Path,
     name: str,
@@ -216,14 +254,15 @@ def _write(
 
 
 def _golden(directory, i, raw, row, spec, session):
-    tensors = preprocess.collate([row], spec)
+    feeds = preprocess.collate([row], spec)
     (directory / f"golden{i}").write_bytes(raw)
-    for key, value in tensors.items():
-        np.save(directory / f"golden{i}.{key}.npy", value[0])
-    logits = {key: tuple(map(float, value[0])) for key, value in session.run(tensors).items()}
+    files = {key: f"golden{i}.{key.replace(':', '_')}.npy" for key in feeds}
+    for key, value in feeds.items():
+        np.save(directory / files[key], value[0])
+    logits = {key: tuple(map(float, value[0])) for key, value in session.run(feeds).items()}
     return Golden(
         file=f"golden{i}",
-        tensors={key: f"golden{i}.{key}.npy" for key in tensors},
+        tensors=files,
         exact=True,
         logits={"only": logits},
     )

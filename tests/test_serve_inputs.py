@@ -1,4 +1,4 @@
-"""Pairs of texts, words and vectors, and tasks of mixed kinds, over a real socket: answers, refusals, the shell."""
+"""Pairs, words, vectors and tensors, and tasks of mixed kinds, over a real socket: answers, refusals, the shell."""
 
 import io
 import json
@@ -12,6 +12,7 @@ import pytest
 from bundle.errors import BadInput, BundleDamaged, SelfTestFailed
 from bundle.model import load_model
 from bundle.outputs import sigmoid, softmax
+from bundle.preprocess import raw_examples
 from bundle.store import open_bundle, seal
 from bundle.tensor import NUMPY_TYPES, TensorSpec
 from bundle.text import join_pair
@@ -25,6 +26,7 @@ from tests.serve_bundles import (
     TASKS,
     identity,
     write_pair_bundle,
+    write_tensors_bundle,
     write_text_bundle,
     write_vector_bundle,
     write_words_bundle,
@@ -34,6 +36,11 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
 PAIRS = [("is the film good", "good"), ("", ""), ("né", b"bad bad film"), ("the " * 50, "a")]
 REVIEWS = ["这部电影很好", "", "Film 难看", "谁知道", "\u3000\n", "好" * 300]
 VECTORS = np.array([[0.5, -1, 2], [0, 0, 0], [-1e3, 1e-3, 7]], np.float32)
+PLOTS = {
+    "counts:0": np.array([[[1, -2, 3], [4, 5, 6]], [[0] * 3] * 2, [[7] * 3, [2**20, 0, 1]]], np.int32),
+    "scale": np.array([0.5, 0, -1e3], np.float32),
+    "known": np.array([[True, False], [False, False], [True, True]]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +49,7 @@ def models(tmp_path_factory):
     write_pair_bundle(root / "b" / "answers", tasks=TASKS)
     write_words_bundle(root / "b" / "reviews", tasks=TASKS)
     write_vector_bundle(root / "b" / "flowers")
+    write_tensors_bundle(root / "b" / "plots")
     write_text_bundle(root / "b" / "mood")
     (root / "echo.onnx").write_bytes(identity(np.float32, [None, 3]))
     return root
@@ -89,6 +97,14 @@ EXAMPLES = {"answers": PAIRS, "reviews": REVIEWS, "flowers": VECTORS}
         ("answers", (TensorSpec("question", "BYTES", (-1, 1)), TensorSpec("answer", "BYTES", (-1, 1)))),
         ("reviews", (TensorSpec("review", "BYTES", (-1, 1)),)),
         ("flowers", (TensorSpec("flower", "FP32", (-1, 3)),)),
+        (
+            "plots",
+            (
+                TensorSpec("counts:0", "INT32", (-1, 2, 3)),
+                TensorSpec("scale", "FP32", (-1,)),
+                TensorSpec("known", "BOOL", (-1, 2)),
+            ),
+        ),
     ],
 )
 def test_metadata_names_the_columns(client, stub, name, inputs):
@@ -168,6 +184,55 @@ def test_vectors_may_be_any_array_of_numbers(client, vectors):
         np.testing.assert_array_equal(array, expected[output])
 
 
+def test_tensors_are_answered_as_the_bundle_answers_them(client, models):
+    """Three tensors of three types and ranks; the answers are those of the predict path, and of the sums by hand."""
+    model = load_model(models / "b" / "plots", device="cpu")
+    expected = model.predict(raw_examples(model.manifest.input, PLOTS))
+    answer = client.predict("plots", PLOTS)
+
+    for name, array in expected.items():
+        np.testing.assert_array_equal(answer[name], array)
+    sums = PLOTS["counts:0"].sum(axis=2) * PLOTS["known"]
+    features = np.concatenate([sums, PLOTS["scale"][:, None]], axis=1).astype(np.float32)
+    weights = np.random.default_rng(5).integers(-8, 8, (3, 3)).astype(np.float32)
+    np.testing.assert_allclose(answer["mood.logits"], features @ weights, rtol=1e-5)
+
+
+def test_tensors_alone_and_together_are_answered_alike(client):
+    """An answer does not hang on the other rows, and no rows are answered with no rows."""
+    answer = client.predict("plots", PLOTS)
+    for i in range(3):
+        alone = client.predict("plots", {name: array[i : i + 1] for name, array in PLOTS.items()})
+        for output, array in alone.items():
+            np.testing.assert_array_equal(array[0], answer[output][i])
+    none = client.predict("plots", {name: array[:0] for name, array in PLOTS.items()})
+    assert {len(array) for array in none.values()} == {0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"counts:0": PLOTS["counts:0"].tolist()},
+        {"counts:0": PLOTS["counts:0"].astype(">i8"), "scale": PLOTS["scale"].astype(np.float64)},
+        {"scale": [0.5, 0, -1000]},
+        {"known": np.asfortranarray(PLOTS["known"])},
+    ],
+    ids=["lists", "wider types", "whole numbers as floats", "column-major"],
+)
+def test_tensors_may_be_any_arrays_that_mean_the_same(client, change):
+    """The client converts what loses nothing."""
+    expected = client.predict("plots", PLOTS)
+    for output, array in client.predict("plots", {**PLOTS, **change}).items():
+        np.testing.assert_array_equal(array, expected[output])
+
+
+def test_vectors_may_be_sent_by_name(client):
+    """A vector is a tensor whose name is its column."""
+    expected = client.predict("flowers", VECTORS)
+    for output, array in client.predict("flowers", {"flower": VECTORS}).items():
+        np.testing.assert_array_equal(array, expected[output])
+
+
 def test_bare_graphs_take_what_preprocessing_gives(client, models):
     """Next to each bundle its graph is served, with the names of bundle-format.md."""
     names = {"answers": ("input_ids", "attention_mask", "token_type_ids"), "reviews": ("word_ids", "word_mask")}
@@ -196,10 +261,24 @@ def numbers(rows, shape=None, datatype="FP32", name="flower"):
     return message
 
 
+def tensors(leave_out=(), **changes):
+    message = pb.ModelInferRequest(model_name="plots")
+    for name, array in {
+        **PLOTS,
+        **{name.replace("counts", "counts:0"): array for name, array in changes.items()},
+    }.items():
+        if name not in leave_out:
+            datatype = next(key for key, dtype in NUMPY_TYPES.items() if dtype == array.dtype)
+            message.inputs.add(name=name, datatype=datatype, shape=array.shape)
+            message.raw_input_contents.append(array.tobytes())
+    return message
+
+
 GOOD = {
     "answers": texts("answers", question=[b"a"], answer=[b"b"]),
     "reviews": texts("reviews", review=[b"a"]),
     "flowers": numbers([[1, 2, 3]]),
+    "plots": tensors(),
 }
 MALFORMED = {
     "half a pair": (texts("answers", question=[b"a"]), "input 'answer' is missing: expected 2 inputs, got 1"),
@@ -242,6 +321,35 @@ MALFORMED = {
     "vector of float64": (numbers([[1, 2, 3]], datatype="FP64"), "input 'flower' has datatype 'FP64'; expected FP32"),
     "vector of texts": (texts("flowers", flower=[b"1"]), "input 'flower' has datatype 'BYTES'; expected FP32"),
     "vector by another name": (numbers([[1, 2, 3]], name="features"), "unexpected input 'features'"),
+    "a tensor too few": (tensors(leave_out=["scale"]), "input 'scale' is missing: expected 3 inputs, got 2"),
+    "a tensor too many": (
+        tensors(more=PLOTS["scale"]),
+        "unexpected input 'more'; the model takes 'counts:0', 'scale', 'known'",
+    ),
+    "tensors of other lengths": (
+        tensors(scale=PLOTS["scale"][:2]),
+        "the inputs differ in rows: 'counts:0' has 3, 'scale' has 2, 'known' has 3",
+    ),
+    "a tensor of another shape": (
+        tensors(counts=PLOTS["counts:0"].reshape(3, 3, 2)),
+        "input 'counts:0' has shape [3, 3, 2]; expected [-1, 2, 3]",
+    ),
+    "a tensor without its batch axis": (tensors(known=PLOTS["known"][0]), "'known' has shape [2]; expected [-1, 2]"),
+    "a tensor of another type": (
+        tensors(counts=PLOTS["counts:0"].astype(np.int64)),
+        "input 'counts:0' has datatype 'INT64'; expected INT32",
+    ),
+    "a tensor that is not finite": (
+        tensors(scale=np.array([0, np.nan, 0], np.float32)),
+        "input 'counts:0' and 'scale' and 'known', example 1: tensor 'scale' is not finite: element [] is nan",
+    ),
+    "a truth value of two": (tensors(known=np.full((3, 2), 2, np.uint8).view(bool)), "other than 0 and 1"),
+    "too many rows": (
+        tensors(
+            **{name.removesuffix(":0"): np.resize(array, (1025, *array.shape[1:])) for name, array in PLOTS.items()}
+        ),
+        "'counts:0' has 1025 rows; expected at most 1024",
+    ),
     "too many vectors": (numbers(np.zeros((1025, 3))), "'flower' has 1025 rows; expected at most 1024"),
     **{
         f"vector with {value}": (
@@ -284,6 +392,19 @@ def test_a_malformed_request_is_told_what_is_wrong_and_harms_nobody(stub, case):
         ("flowers", [[1, 2, 3], [1, 2]], "the vectors are no array"),
         ("flowers", [["1", "2", "3"]], "expected numbers of shape [-1, 3]"),
         ("flowers", ["1,2,3"], "expected numbers of shape [-1, 3]"),
+        ("flowers", {"x": VECTORS}, "the examples are 'x'; expected arrays by name: 'flower'"),
+        ("mood", {"text": ["good"]}, "the examples are one dict; expected a list, each of it a text"),
+        ("plots", [], "the examples are one list; expected arrays by name: 'counts:0', 'scale', 'known'"),
+        ("plots", {"scale": [1]}, "the examples are 'scale'; expected arrays by name"),
+        ("plots", {**PLOTS, "counts:0": [[1, 2, 3]]}, "input 'counts:0' has shape [1, 3]; expected [-1, 2, 3]"),
+        ("plots", {**PLOTS, "counts:0": PLOTS["counts:0"] + 0.5}, "input 'counts:0' holds float64; expected INT32"),
+        (
+            "plots",
+            {**PLOTS, "counts:0": PLOTS["counts:0"] + np.int64(2**40)},
+            "holds 1099511627777, which INT32 cannot",
+        ),
+        ("plots", {**PLOTS, "scale": [[1], [1, 2]]}, "input 'scale' is no array"),
+        ("plots", {**PLOTS, "scale": ["1", "2", "3"]}, "input 'scale' holds <U1; expected FP32"),
         ("flowers.onnx", [[1, 2, 3]], "takes no raw examples but 'features' FP32 [-1, 3]"),
         ("echo", [[1, 2, 3]], "takes no raw examples but 'x' FP32 [-1, 3]"),
     ],
@@ -315,15 +436,17 @@ def copy(models, tmp_path):
         ("reviews", "word_ids"),
         ("reviews", "word_mask"),
         ("flowers", "features"),
+        ("plots", "counts:0"),
+        ("plots", "scale"),
     ],
 )
 @pytest.mark.parametrize("kind", ["value", "shape", "type"])
 def test_other_tensor_fails_the_self_test(copy, name, tensor, kind):
     """A golden tensor is reproduced in value, shape and type; not even the last bit of a number may differ."""
     path = copy(name)
-    manifest, file = open_bundle(path).manifest, path / f"golden0.{tensor}.npy"
+    manifest, file = open_bundle(path).manifest, path / f"golden0.{tensor.replace(':', '_')}.npy"
     values = np.load(file)
-    other = np.nextafter(values, np.float32(9)) if name == "flowers" else 1 - values
+    other = np.nextafter(values, np.float32(9)) if values.dtype == np.float32 else 1 - values
     np.save(file, {"value": other, "shape": values[None], "type": values.astype(np.float64)}[kind])
     reseal(path, manifest)
 
@@ -453,6 +576,27 @@ def test_one_vector_may_be_a_whole_file(infer, tmp_path, monkeypatch):
     assert "v.npy" in out
 
 
+def test_tensors_come_from_npz_files(infer, client, tmp_path):
+    """Arrays named as the inputs, any number of rows, and others beside them that do not matter."""
+    np.savez(tmp_path / "a.npz", **PLOTS, y=np.arange(3))
+    np.savez(tmp_path / "b.npz", **{name: array[1:2] for name, array in PLOTS.items()})
+    expected = client.predict("plots", {name: array[[0, 1, 2, 1]] for name, array in PLOTS.items()})
+    code, answer, err = infer("plots", str(tmp_path / "a.npz"), str(tmp_path / "b.npz"))
+
+    assert code == 0, err
+    assert answer["length.value"] == expected["length.value"].tolist()
+    assert infer("plots", str(tmp_path / "b.npz"), json_too=False)[0] == 0
+
+
+def test_vectors_come_from_the_array_of_their_name(infer, client, tmp_path):
+    """Before one called x."""
+    np.savez(tmp_path / "v.npz", x=np.zeros((1, 7)), flower=VECTORS)
+    code, answer, err = infer("flowers", str(tmp_path / "v.npz"))
+
+    assert code == 0, err
+    assert answer["length.value"] == client.predict("flowers", VECTORS)["length.value"].tolist()
+
+
 def test_pairs_are_inputs_two_by_two(infer, client, tmp_path):
     """Each text or a file of it."""
     (tmp_path / "answer.txt").write_text("bad film")
@@ -479,16 +623,22 @@ def test_chinese_is_taken_raw(infer):
         (["flowers", "1,2"], 1, "input '1,2' is float64 [1, 2]; the model takes vectors of 3 numbers"),
         (["flowers", "1,2,three"], 1, "input '1,2,three' is neither a file nor numbers with commas"),
         (["flowers", "missing.csv"], 1, "input 'missing.csv' is neither a file nor numbers"),
-        (["flowers", "missing.npy"], 1, "missing.npy cannot be read as vectors"),
-        (["flowers", "FOLDER/text.npy"], 1, "text.npy cannot be read as vectors"),
-        (["flowers", "FOLDER/text.npz"], 1, "text.npz cannot be read as vectors"),
-        (["flowers", "FOLDER/pickle.npy"], 1, "pickle.npy cannot be read as vectors"),
-        (["flowers", "FOLDER/many.npz"], 1, "many.npz has no array 'x', only a, b"),
+        (["flowers", "missing.npy"], 1, "missing.npy cannot be read as arrays"),
+        (["flowers", "FOLDER/text.npy"], 1, "text.npy cannot be read as arrays"),
+        (["flowers", "FOLDER/text.npz"], 1, "text.npz cannot be read as arrays"),
+        (["flowers", "FOLDER/pickle.npy"], 1, "pickle.npy cannot be read as arrays"),
+        (["flowers", "FOLDER/many.npz"], 1, "many.npz has no array 'flower' or 'x', only a, b"),
         (["flowers", "FOLDER/words.npy"], 1, "the model takes vectors of 3 numbers"),
         (["flowers", "FOLDER/empty.csv"], 1, "the model takes vectors of 3 numbers"),
         (["flowers", "FOLDER/ragged.csv"], 1, "is neither a file nor numbers with commas"),
         (["flowers", "1,2,nan"], 1, "example 0: vector is not finite: number 2, 'stem', is nan"),
         (["flowers", "1,2,1e39"], 1, "example 0: vector is not finite: number 2, 'stem', is inf"),
+        (["plots", "FOLDER/many.npz"], 1, "many.npz has a, b; the model takes 'counts:0' INT32 [-1, 2, 3], 'scale'"),
+        (["plots", "FOLDER/words.npy"], 1, "words.npy has no named arrays; the model takes 'counts:0'"),
+        (["plots", "FOLDER/text.npz"], 1, "text.npz cannot be read as arrays"),
+        (["plots", "1,2,3"], 1, "1,2,3 cannot be read as arrays"),
+        (["plots", "FOLDER/other.npz"], 1, "array 'counts:0' of"),
+        (["plots", "FOLDER/ragged.npz"], 1, "differ in rows: 3 'counts:0', 2 'scale', 3 'known'"),
         (["echo", "1,2,3"], 1, "takes no raw examples but 'x' FP32 [-1, 3]"),
         (["mood", "good", "--jsn"], 2, "There is no option '--jsn'"),
     ],
@@ -502,6 +652,8 @@ def test_what_cannot_be_sent_is_one_line(infer, tmp_path, arguments, code, words
     np.save(tmp_path / "pickle.npy", np.array([{}], dtype=object), allow_pickle=True)
     np.save(tmp_path / "words.npy", np.array([["a", "b", "c"]]))
     np.savez(tmp_path / "many.npz", a=VECTORS, b=VECTORS)
+    np.savez(tmp_path / "other.npz", **{**PLOTS, "counts:0": VECTORS})
+    np.savez(tmp_path / "ragged.npz", **{**PLOTS, "scale": PLOTS["scale"][:2]})
 
     got, _, err = infer(*(each.replace("FOLDER", str(tmp_path)) for each in arguments))
 
