@@ -13,7 +13,7 @@ from bundle.errors import GateFailed
 from bundle.manifest import Regression
 from bundle.model import predict_logits
 from bundle.session import Session
-from export import graph, quantize
+from export import graph, quantize, ranges
 from finetune import evaluate
 from tests.export_examples import KINDS, TASKS, tiny
 
@@ -73,7 +73,7 @@ def test_every_kind_has_int8(kind):
     """Dense layers of every kind run in int8, dynamic and static, near the fp32 answers; only images need more."""
     network, spec, rows, fp32 = exported(kind)
     expected = evaluate.logits(network, rows, spec)
-    static = quantize.int8_static(fp32, spec, rows)
+    static = ranges.int8_minmax(fp32, spec, rows)
     inputs = {tensor.name: tensor.shape for tensor in preprocess.graph_inputs(spec)}
     for compiled in (static, quantize.int8_dynamic(fp32)):
         session = Session(compiled, device="cpu", threads=1)

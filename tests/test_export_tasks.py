@@ -147,7 +147,7 @@ def test_one_task_has_bare_names(column, metric, tmp_path):
 
 def test_refit_recovers_what_int8_shifted(checkpoint):
     """When the backbone's rounding moves all features, the old head suffers and the new one does not."""
-    from export import graph, quantize, refit
+    from export import graph, ranges, refit
 
     loaded = load_checkpoint(checkpoint)
     dataset = load_dataset(
@@ -160,7 +160,7 @@ def test_refit_recovers_what_int8_shifted(checkpoint):
     narrow = [row * np.float32(0.15) for row in calibration]  # ranges that real examples exceed: they are clipped
     spec, tasks = loaded.spec.input, loaded.spec.tasks
     split = search.reference_split(loaded, dataset, "gate")
-    plain = quantize.int8_static(graph.to_onnx(loaded.network, spec, tasks, calibration), spec, narrow)
+    plain = ranges.int8_minmax(graph.to_onnx(loaded.network, spec, tasks, calibration), spec, narrow)
     errors = []
     for compiled in (plain, refit.int8_static_refit(loaded, dataset, narrow)):
         session = search.Session(compiled, device="cpu", threads=1)
