@@ -185,7 +185,8 @@ class GateRecord(Record, frozen=True, kw_only=True):
     reference: float  # the metric in PyTorch
     served: float  # the metric of the variant
     drop: float  # reference - served; of rmse (served - reference) / reference
-    drop_upper: float  # one-sided upper confidence bound of the drop
+    drop_lower: float | None = None  # one-sided confidence bounds of the drop
+    drop_upper: float
     budget: float  # largest drop that passes
     confidence: float
     disagreement: float  # fraction of examples whose prediction differs
