@@ -105,7 +105,7 @@ def load_dataset(
         hashes=hashes,
         targets=targets,
         weights=source.weights,
-        sha256=_digest(hashes, targets),
+        sha256=digest(hashes, targets),
         held_out=None if source.held_out is None else source.held_out[keep],
         feature_names=source.feature_names,
         _raw=raw if whole else lambda index: raw(int(keep[index])),
@@ -263,12 +263,12 @@ def _unlabelled(targets: Sequence[Target]) -> dict[int, str]:
     return {int(row): f"has no {names}" for row in np.flatnonzero(~known)}
 
 
-def _digest(hashes: Sequence[str], targets: Sequence[Target]) -> str:
+def digest(hashes: Sequence[str], targets: Sequence[Target]) -> str:
     """Hex sha256 of the sorted lines "CONTENT LABELS"; docs/checkpoint-format.md says how labels are written."""
-    digest = hashlib.sha256()
+    whole = hashlib.sha256()
     for line in sorted(f"{content} {labels}\n" for content, labels in zip(hashes, _labels(targets), strict=True)):
-        digest.update(line.encode())
-    return digest.hexdigest()
+        whole.update(line.encode())
+    return whole.hexdigest()
 
 
 def _labels(targets: Sequence[Target]) -> Iterator[str]:

@@ -66,17 +66,7 @@ def make_splits(dataset: Dataset, fractions: Fractions = (0.7, 0.1, 0.1, 0.1), *
     """
     if len(fractions) != 4 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
         raise DataError(f"split fractions {fractions} must be four positive numbers that sum to 1.")
-    shares = [round(fraction * 1_000_000) for fraction in fractions]  # integers: ties do not hang on rounding
-    contents = _shuffled(dataset, seed)
-    held_out = _held_out(dataset)
-    rest = [content for content in contents if content not in held_out]
-    if held_out:
-        assignment = _deal(rest, [*shares[:2], 0, 0])
-        assignment |= _deal([content for content in contents if content in held_out], [0, 0, *shares[2:]])
-    else:
-        assignment = _deal(rest, shares)
-    if len(contents) < len(dataset):
-        log.warning("equal examples are in one split", data=dataset.location, surplus=len(dataset) - len(contents))
+    assignment = deal(dataset, fractions, seed=seed)
     _check(dataset, assignment)
     return Splits(
         data=dataset.location,
@@ -87,6 +77,20 @@ def make_splits(dataset: Dataset, fractions: Fractions = (0.7, 0.1, 0.1, 0.1), *
         fractions=fractions,
         assignment=assignment,
     )
+
+
+def deal(dataset: Dataset, fractions: Fractions, *, seed: int) -> dict[str, SplitName]:
+    """The split of each distinct content, as make_splits deals them; a fraction may be 0, a split come out empty."""
+    shares = [round(fraction * 1_000_000) for fraction in fractions]  # integers: ties do not hang on rounding
+    contents = _shuffled(dataset, seed)
+    if len(contents) < len(dataset):
+        log.warning("equal examples are in one split", data=dataset.location, surplus=len(dataset) - len(contents))
+    held_out = _held_out(dataset)
+    if not held_out:
+        return _deal(contents, shares)
+    rest = [content for content in contents if content not in held_out]
+    assignment = _deal(rest, [*shares[:2], 0, 0])
+    return assignment | _deal([content for content in contents if content in held_out], [0, 0, *shares[2:]])
 
 
 def _shuffled(dataset: Dataset, seed: int) -> list[str]:
