@@ -6,41 +6,116 @@ by itself, and all must pass: a model that is beyond the budget in one task pass
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import ceil, sqrt
-from statistics import NormalDist
 
 import numpy as np
 
-from bundle.manifest import GateRecord, Regression, Task, Verdict
+from bundle import outputs
+from bundle.errors import DataError
+from bundle.manifest import GateRecord, Multiclass, Multilabel, Regression, Task, Verdict
+from export.proportions import best_certifiable as best_certifiable
+from export.proportions import drop_bounds, examples_needed, fraction_upper
+from export.resampling import Bounds, Comparison, bounds, compare_labels, compare_scores, compare_values
 from finetune.evaluate import predictions
 from finetune.target import Target, columns
 
-RESAMPLES = 10_000
-RESAMPLED_NUMBERS = 4_000_000  # at a time
-FEWEST_RESAMPLED = 50  # examples; with fewer the bootstrap does not keep its level, and nothing passes
+FEWEST_RESAMPLED = 50  # numbers; with fewer the bootstrap of an error does not keep its level, and nothing passes
+WORST = 1e100  # stands for a value that is no number, in standard deviations
+METRICS = {
+    Multiclass: ("accuracy", "balanced_accuracy", "macro_f1", "mcc", "auroc"),
+    Multilabel: ("exact_match", "macro_f1", "micro_f1", "auroc"),
+    Regression: ("rmse", "mae"),
+}
+"""What can be gated; by default the first."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is judged, and how strictly."""
+
+    metric: str
+    budget: float  # largest drop that passes: of a metric, or of an error relative to the reference's
+    confidence: float = 0.95  # of each one-sided bound
+    task: str | None = None  # its name, when there are several
 
 
 def judge_tasks(
-    tasks: Sequence[Task], targets: Sequence[Target], reference: np.ndarray, candidate: np.ndarray, *, budget: float
+    tasks: Sequence[Task],
+    targets: Sequence[Target],
+    reference: np.ndarray,
+    candidate: np.ndarray,
+    *,
+    budget: float,
+    confidence: float = 0.95,
+    metric: str | None = None,
 ) -> tuple[GateRecord, ...]:
     """Compare the logits of two models, task by task, each on the examples whose truth is known.
+
+    A row with a logit that is not finite counts as a wrong answer.
 
     Args:
         tasks: whose logits they are.
         targets: the truth of N examples, one column for each task, some of it known in each.
         reference: float32 (N, columns of all tasks), of PyTorch.
         candidate: the same, of the compiled model.
-        budget: largest drop that passes: of a fraction of right answers, or relative to the reference's RMSE.
+        budget: largest drop that passes: of a metric, or relative to the reference's error.
+        confidence: of each one-sided bound.
+        metric: of the tasks that it fits; see gated_metrics.
+
+    Raises:
+        DataError: the metric fits no task, or cannot be measured on these examples.
     """
     records = []
-    for task, target, part in zip(tasks, targets, columns(tasks), strict=True):
+    names = gated_metrics(tasks, metric)
+    for task, name, target, part in zip(tasks, names, targets, columns(tasks), strict=True):
         known = target.known
         truth = target.values[known]
-        answers = [predictions(task, logits[known, part]) for logits in (reference, candidate)]
-        judged = judge_regression if isinstance(task, Regression) else judge
-        name = task.name if len(tasks) > 1 else None
-        records.append(judged(truth, *answers, budget=budget, task=name))
+        logits = [_wrong_where_broken(task, model[known, part], truth) for model in (reference, candidate)]
+        terms = Terms(name, budget, confidence, task.name if len(tasks) > 1 else None)
+        answers = [predictions(task, model) for model in logits]
+        if name in ("accuracy", "exact_match"):
+            records.append(judge(truth, *answers, budget=budget, confidence=confidence, task=terms.task))
+        else:
+            changed = ~_same(*answers)
+            records.append(judge_resampled(terms, _comparison(name, task, truth, *logits), changed))
     return tuple(records)
+
+
+def gated_metrics(tasks: Sequence[Task], metric: str | None = None) -> tuple[str, ...]:
+    """The metric that each task is gated on: the given one where it fits, else the first of METRICS.
+
+    Raises:
+        DataError: it fits no task; naming those that fit.
+    """
+    fitting = [METRICS[type(task)] for task in tasks]
+    if metric is not None and not any(metric in names for names in fitting):
+        known = ", ".join(dict.fromkeys(name for names in fitting for name in names))
+        raise DataError(f"{metric!r} is no metric that this data can be gated on; there are {known}.")
+    return tuple(metric if metric in names else names[0] for names in fitting)
+
+
+def certifiable(
+    tasks: Sequence[Task],
+    targets: Sequence[Target],
+    reference: np.ndarray,
+    *,
+    confidence: float = 0.95,
+    metric: str | None = None,
+) -> tuple[float | None, ...]:
+    """For each task the smallest drop that these examples can rule out, known before any candidate is.
+
+    It is the upper bound of a candidate that answers all of them as PyTorch does. A budget below it cannot be passed.
+    None for an error (rmse, mae): what one unseen example could add to it has no limit, so that there is no smallest.
+
+    See judge_tasks for the arguments.
+
+    Raises:
+        DataError: the metric fits no task, or cannot be measured on these examples.
+    """
+    records = judge_tasks(tasks, targets, reference, reference, budget=0, confidence=confidence, metric=metric)
+    errors = METRICS[Regression]
+    return tuple(None if record.metric in errors else record.drop_upper for record in records)
 
 
 def closest(records: Sequence[GateRecord]) -> GateRecord:
@@ -72,72 +147,71 @@ def judge(
     right, right_now = _same(reference, truth), _same(candidate, truth)
     lost, won = int(np.sum(right & ~right_now)), int(np.sum(~right & right_now))
     lower, upper = drop_bounds(lost, won, n, confidence)
-    verdict = _verdict(lower, upper, budget)
-    return GateRecord(
-        verdict=verdict,
-        task=task,
-        metric="accuracy" if truth.ndim == 1 else "exact_match",
-        examples=n,
-        reference=float(np.mean(right)),
-        served=float(np.mean(right_now)),
-        drop=(lost - won) / n,
-        drop_upper=upper,
-        budget=budget,
-        confidence=confidence,
-        disagreement=float(np.mean(~_same(reference, candidate))),
-        examples_needed=examples_needed(lost, won, n, budget, confidence) if verdict == "INCONCLUSIVE" else None,
+    found = Bounds(float(np.mean(right)), float(np.mean(right_now)), (lost - won) / n, lower, upper, upper)
+    terms = Terms("accuracy" if truth.ndim == 1 else "exact_match", budget, confidence, task)
+    return _record(
+        terms, found, ~_same(reference, candidate), lambda: examples_needed(lost, won, n, budget, confidence)
     )
 
 
-def judge_regression(
-    truth: np.ndarray,
-    reference: np.ndarray,
-    candidate: np.ndarray,
-    *,
-    budget: float,
-    confidence: float = 0.95,
-    task: str | None = None,
-) -> GateRecord:
-    """Compare predicted values example by example: the drop is the relative increase of the RMSE.
+def judge_resampled(terms: Terms, comparison: Comparison, changed: np.ndarray) -> GateRecord:
+    """Compare a metric of two models by the paired bootstrap.
 
     Args:
-        truth: true values, float (N,).
-        reference: values predicted in PyTorch.
-        candidate: values predicted by the compiled model.
-        budget: largest relative increase that passes; 0.01 allows an RMSE of 1.01 times the reference's.
-        confidence: of each one-sided bound.
-        task: its name, when there are several.
+        terms: what is judged.
+        comparison: of the two models' answers.
+        changed: bool (N,), which predictions differ.
 
     Returns:
-        `reference` and `served` are RMSEs in the target's units, `drop` and `drop_upper` relative increases, and
-        `disagreement` is the fraction of values that differ at all.
+        Of an error (rmse, mae) `reference` and `served` are in the target's units, `drop` and `drop_upper` relative
+        increases.
     """
-    before, after = (np.square(answers.astype(np.float64) - truth) for answers in (reference, candidate))
-    increase = float(_increase(before.mean(), after.mean()))
-    lower, upper = increase_bounds(before, after, confidence)
-    verdict = _verdict(lower, upper, budget) if len(truth) >= FEWEST_RESAMPLED else "INCONCLUSIVE"
-    needed = None
-    if verdict == "INCONCLUSIVE" and increase != budget:  # the bounds close in as 1 / √n
-        width = upper - increase if increase < budget else increase - lower
-        needed = max(FEWEST_RESAMPLED, ceil(len(truth) * (width / (budget - increase)) ** 2))
+    found, fewest = bounds(comparison, terms.confidence), FEWEST_RESAMPLED if comparison.relative else 0
+    return _record(terms, found, changed, lambda: _needed(found, len(changed), terms.budget, fewest), fewest)
+
+
+def _record(
+    terms: Terms, found: Bounds, changed: np.ndarray, needed: Callable[[], int | None], fewest: int = 0
+) -> GateRecord:
+    n = len(changed)
+    verdict: Verdict = (
+        "PASS" if found.upper <= terms.budget else "FAIL" if found.lower > terms.budget else "INCONCLUSIVE"
+    )
+    if n < fewest:
+        verdict = "INCONCLUSIVE"
     return GateRecord(
         verdict=verdict,
-        task=task,
-        metric="rmse",
-        examples=len(truth),
-        reference=sqrt(before.mean()),
-        served=sqrt(after.mean()),
-        drop=increase,
-        drop_upper=upper,
-        budget=budget,
-        confidence=confidence,
-        disagreement=float(np.mean(reference != candidate)),
-        examples_needed=needed,
+        task=terms.task,
+        metric=terms.metric,
+        examples=n,
+        reference=found.reference,
+        served=found.served,
+        drop=found.drop,
+        drop_lower=found.lower,
+        drop_upper=found.upper,
+        budget=terms.budget,
+        confidence=terms.confidence,
+        disagreement=float(np.mean(changed)),
+        disagreement_upper=fraction_upper(int(changed.sum()), n, terms.confidence),
+        examples_needed=needed() if verdict == "INCONCLUSIVE" else None,
     )
 
 
-def _verdict(lower: float, upper: float, budget: float) -> Verdict:
-    return "PASS" if upper <= budget else "FAIL" if lower > budget else "INCONCLUSIVE"
+def _needed(found: Bounds, n: int, budget: float, fewest: int) -> int | None:
+    """About how many examples would decide if all rates stay as seen; None at the budget, where none would.
+
+    What was seen closes in as 1 / √n, and the one example more as 1 / n.
+    """
+    gap = budget - found.drop
+    if gap == 0:
+        return None
+    seen, more = (
+        (found.seen_upper - found.drop, found.upper - found.seen_upper) if gap > 0 else (found.drop - found.lower, 0.0)
+    )
+    width = seen + sqrt(
+        seen**2 + 4 * more * abs(gap)
+    )  # the root of more / k + seen / √k = |gap| is √k = width / 2|gap|
+    return max(fewest, ceil(n * (width / (2 * abs(gap))) ** 2))
 
 
 def _same(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -146,97 +220,44 @@ def _same(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return equal
 
 
-def increase_bounds(before: np.ndarray, after: np.ndarray, confidence: float) -> tuple[float, float]:
-    """One-sided lower and upper confidence bounds of the relative increase of an RMSE, by the paired bootstrap.
-
-    Examples are drawn with replacement, each with both of its errors, and the bounds are percentiles of what the
-    resamples give (B. Efron and R. J. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). Simulated, a
-    model at the budget passes in 4 to 6.5% of the cases with 100 examples and more, and in up to 7.5% with 50; BCa
-    bounds did no better. Damage that no example shows, no bound can know of.
-
-    Args:
-        before: squared errors float64 (N,) of the reference.
-        after: squared errors of the candidate on the same examples.
-        confidence: of each bound by itself.
-    """
-    random, n = np.random.default_rng(0), len(before)
-    increases = []
-    for start in range(0, RESAMPLES, size := max(1, RESAMPLED_NUMBERS // n)):
-        drawn = random.integers(0, n, (min(size, RESAMPLES - start), n), dtype=np.int32)
-        increases.append(_increase(before[drawn].mean(axis=1), after[drawn].mean(axis=1)))
-    lower, upper = np.quantile(np.concatenate(increases), [1 - confidence, confidence])
-    return float(lower), float(upper)
+def _wrong_where_broken(task: Task, logits: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """The logits float (N, C), any row that is not finite replaced by one that is as wrong as can be."""
+    broken = ~np.isfinite(logits).all(axis=1)
+    if not broken.any():
+        return logits
+    wrong = np.full(logits.shape, WORST) if isinstance(task, Regression) else 50 - 100 * _rows(task, truth)
+    replaced: np.ndarray = np.where(broken[:, None], wrong, logits)
+    return replaced
 
 
-def _increase(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Relative increase of an RMSE from mean squared errors; none when both are nothing."""
-    least = np.finfo(np.float64).tiny
-    increase: np.ndarray = np.sqrt(np.maximum(after, least) / np.maximum(before, least)) - 1
-    return increase
+def _rows(task: Task, labels: np.ndarray) -> np.ndarray:
+    """Labels int (N,) or (N, C) as bool (N, C)."""
+    if isinstance(task, Multiclass):
+        rows: np.ndarray = np.eye(len(task.labels), dtype=bool)[labels]
+        return rows
+    return np.asarray(labels, dtype=bool)
 
 
-def drop_bounds(lost: float, won: float, n: float, confidence: float) -> tuple[float, float]:
-    """One-sided lower and upper confidence bounds of the drop in accuracy, by Tango's score interval.
-
-    T. Tango, Equivalence test and confidence interval for the difference in proportions for the paired-sample
-    design, Statistics in Medicine 17 (1998) 891-908. It keeps its level where few or no examples changed sides: with
-    none of n, the upper bound is z² / (n + z²).
-
-    Args:
-        lost: examples that only the reference got right.
-        won: examples that only the candidate got right.
-        n: all examples.
-        confidence: of each bound by itself.
-    """
-    z = NormalDist().inv_cdf(confidence)
-    observed = (lost - won) / n
-
-    def score(drop: float) -> float:
-        b = (2 * n - lost + won) * drop - lost - won
-        c = -won * drop * (1 - drop)
-        won_rate = (sqrt(max(b * b - 8 * n * c, 0)) - b) / (4 * n)  # most likely, were the true drop `drop`
-        variance = n * (2 * won_rate + drop * (1 - drop))
-        return (lost - won - n * drop) / sqrt(variance) if variance > 0 else 0.0
-
-    upper = _first(lambda drop: score(drop) <= -z, observed, 1.0)
-    lower = -_first(lambda drop: score(-drop) >= z, -observed, 1.0)
-    return lower, upper
+def _comparison(metric: str, task: Task, truth: np.ndarray, reference: np.ndarray, candidate: np.ndarray) -> Comparison:
+    """Of logits float (N, C); areas under the ROC curve are of the scores that are served."""
+    answers = [predictions(task, logits) for logits in (reference, candidate)]
+    if isinstance(task, Regression):
+        return compare_values(metric, truth, *answers)
+    rows = _rows(task, truth)
+    if metric == "auroc":
+        _check_ranked(task, rows)
+        score = outputs.softmax if isinstance(task, Multiclass) else outputs.sigmoid
+        return compare_scores(rows, score(reference), score(candidate))
+    return compare_labels(
+        metric, rows, *(_rows(task, labels) for labels in answers), exclusive=isinstance(task, Multiclass)
+    )
 
 
-def _first(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """The smallest value between low and high where a monotone condition holds, from above, to 1e-12."""
-    while high - low > 1e-12:
-        middle = (low + high) / 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
-
-
-def examples_needed(lost: int, won: int, n: int, budget: float, confidence: float = 0.95) -> int | None:
-    """How many examples would decide if both rates of change stay as seen; None at the budget, where none would."""
-    passing = (lost - won) / n < budget
-
-    def decided(total: float) -> bool:
-        lower, upper = drop_bounds(lost * total / n, won * total / n, total, confidence)
-        return upper <= budget if passing else lower > budget
-
-    most = n * 1_000_000
-    if not decided(most):
-        return None
-    few, many = n, 2 * n
-    while not decided(many):
-        few, many = many, 2 * many
-    while many - few > max(1, few // 1000):
-        middle = (few + many) // 2
-        few, many = (few, middle) if decided(middle) else (middle, many)
-    return many
-
-
-def best_certifiable(n: int, confidence: float = 0.95) -> float:
-    """The smallest drop that n examples can rule out: that of a candidate which changes no answer."""
-    return drop_bounds(0, 0, n, confidence)[1]
-
-
-def fewest_examples(budget: float, confidence: float = 0.95) -> int:
-    """The fewest examples with which any candidate can pass a budget."""
-    z = NormalDist().inv_cdf(confidence)
-    return ceil(z * z * (1 - budget) / budget)
+def _check_ranked(task: Multiclass | Multilabel, truth: np.ndarray) -> None:
+    for label, held in zip(task.labels, truth.sum(axis=0), strict=True):
+        if held in (0, len(truth)):
+            raise DataError(
+                f"auroc takes examples with and without each label; {held} of these {len(truth)} held-out examples of "
+                f"{task.name!r} have {label!r}. Give the split a larger fraction (edgeward finetune --split), or gate "
+                "another metric."
+            )

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
-from scipy.stats import bootstrap
+from scipy.stats import binomtest
 
-from bundle.errors import GateFailed
-from export import gate
+from bundle.errors import DataError, GateFailed
+from export import gate, proportions
 from finetune.target import Target
 from tests.export_examples import TASKS
 
@@ -38,7 +38,7 @@ def score_by_likelihood(lost, won, n, drop):
 @pytest.mark.parametrize(("lost", "won", "n"), [(20, 10, 1000), (3, 0, 400), (0, 4, 300), (50, 60, 2000), (7, 7, 100)])
 def test_bounds_are_where_the_score_reaches_the_quantile(lost, won, n):
     """At both bounds the score statistic of an independently fitted null is ±1.645."""
-    lower, upper = gate.drop_bounds(lost, won, n, 0.95)
+    lower, upper = proportions.drop_bounds(lost, won, n, 0.95)
 
     assert score_by_likelihood(lost, won, n, upper) == pytest.approx(-1.6449, abs=2e-3)
     assert score_by_likelihood(lost, won, n, lower) == pytest.approx(1.6449, abs=2e-3)
@@ -48,13 +48,13 @@ def test_bounds_are_where_the_score_reaches_the_quantile(lost, won, n):
 def test_bound_without_any_change_has_its_closed_form(n):
     """With no answer changed the upper bound is z² / (n + z²)."""
     z2 = 1.6448536**2
-    assert gate.best_certifiable(n) == pytest.approx(z2 / (n + z2), rel=1e-5)
+    assert proportions.best_certifiable(n) == pytest.approx(z2 / (n + z2), rel=1e-5)
 
 
 def test_bounds_mirror_when_the_models_change_places():
     """The drop of A against B is the gain of B against A."""
-    lower, upper = gate.drop_bounds(12, 5, 500, 0.95)
-    assert gate.drop_bounds(5, 12, 500, 0.95) == pytest.approx((-upper, -lower), abs=1e-9)
+    lower, upper = proportions.drop_bounds(12, 5, 500, 0.95)
+    assert proportions.drop_bounds(5, 12, 500, 0.95) == pytest.approx((-upper, -lower), abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,8 @@ def test_examples_needed_would_decide():
     needed = record.examples_needed
 
     assert needed is not None
-    assert gate.drop_bounds(4 * needed / 500, 2 * needed / 500, needed, 0.95)[1] <= 0.01
-    assert gate.drop_bounds(3.6 * needed / 500, 1.8 * needed / 500, 0.9 * needed, 0.95)[1] > 0.01
+    assert proportions.drop_bounds(4 * needed / 500, 2 * needed / 500, needed, 0.95)[1] <= 0.01
+    assert proportions.drop_bounds(3.6 * needed / 500, 1.8 * needed / 500, 0.9 * needed, 0.95)[1] > 0.01
 
 
 def test_no_number_of_examples_decides_at_the_budget():
@@ -95,8 +95,8 @@ def test_no_number_of_examples_decides_at_the_budget():
 
 def test_fewest_examples_can_just_pass():
     """One example fewer could not pass even without a change."""
-    n = gate.fewest_examples(0.01)
-    assert gate.best_certifiable(n) <= 0.01 < gate.best_certifiable(n - 1)
+    n = proportions.fewest_examples(0.01)
+    assert proportions.best_certifiable(n) <= 0.01 < proportions.best_certifiable(n - 1)
 
 
 @pytest.mark.parametrize(("n", "discordant"), [(300, 0.02), (1000, 0.02), (1000, 0.05), (4000, 0.02)])
@@ -106,73 +106,9 @@ def test_a_model_at_the_budget_passes_in_one_of_twenty(n, discordant):
     rates = ((discordant + budget) / 2, (discordant - budget) / 2, 1 - discordant)
     drawn = np.random.default_rng(1).multinomial(n, rates, 4000)
     pairs, counts = np.unique(drawn[:, :2], axis=0, return_counts=True)
-    passes = [gate.drop_bounds(lost, won, n, 0.95)[1] <= budget for lost, won in pairs]
+    passes = [proportions.drop_bounds(lost, won, n, 0.95)[1] <= budget for lost, won in pairs]
 
     assert np.sum(counts * passes) / 4000 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 4000)
-
-
-def values(n, noise, seed=0):
-    """True values, those of a reference with errors of 1, and those of a candidate with some noise more."""
-    random = np.random.default_rng(seed)
-    truth = random.normal(10, 5, n)
-    reference = truth + random.normal(size=n)
-    return truth, reference, reference + noise * random.normal(size=n)
-
-
-def test_regression_bounds_are_the_percentiles_of_a_paired_bootstrap():
-    """scipy's bootstrap of the same statistic gives the same bounds, up to the chance of resampling."""
-    truth, reference, candidate = values(300, 0.3)
-    before, after = np.square(reference - truth), np.square(candidate - truth)
-
-    def increase(before, after, axis):
-        return np.sqrt(after.mean(axis=axis) / before.mean(axis=axis)) - 1
-
-    expected = bootstrap(
-        (before, after), increase, paired=True, method="percentile", confidence_level=0.9, rng=1
-    ).confidence_interval
-    assert gate.increase_bounds(before, after, 0.95) == pytest.approx(expected, abs=5e-4)
-
-
-@pytest.mark.parametrize(
-    ("noise", "budget", "verdict"), [(0, 0.01, "PASS"), (0.05, 0.01, "PASS"), (1, 0.01, "FAIL"), (0.15, 0.011, None)]
-)
-def test_regression_verdict_follows_the_relative_rmse(noise, budget, verdict):
-    """RMSEs are in the units of the target, the drop and its bound are relative to PyTorch's."""
-    truth, reference, candidate = values(500, noise)
-    record = gate.judge_regression(truth, reference, candidate, budget=budget)
-
-    assert record.metric == "rmse"
-    assert record.verdict == (verdict or "INCONCLUSIVE")
-    assert record.reference == pytest.approx(np.sqrt(np.mean((reference - truth) ** 2)))
-    assert record.served / record.reference == pytest.approx(1 + record.drop)
-    assert record.drop <= record.drop_upper
-    assert (record.examples_needed is None) == (verdict is not None)
-
-
-@pytest.mark.parametrize("n", [100, 400])
-def test_a_regression_at_the_budget_passes_in_about_one_of_twenty(n, monkeypatch):
-    """Simulated at a true increase equal to the budget, false passes are at most 6.5%, up to the simulation's error."""
-    monkeypatch.setattr(gate, "RESAMPLES", 1000)
-    budget = 0.01
-    noise = np.sqrt((1 + budget) ** 2 - 1)
-    passes = [gate.judge_regression(*values(n, noise, seed), budget=budget).verdict == "PASS" for seed in range(600)]
-    assert np.mean(passes) <= 0.065 + 3 * np.sqrt(0.065 * 0.935 / 600)
-
-
-def test_too_few_numbers_prove_nothing():
-    """The bootstrap knows no variation that it has not seen: below 50 examples even equal answers do not pass."""
-    truth, reference, _ = values(49, 0)
-    record = gate.judge_regression(truth, reference, reference, budget=0.01)
-    assert (record.verdict, record.drop, record.examples_needed) == ("INCONCLUSIVE", 0, 50)
-
-
-def test_a_perfect_reference_is_no_division_by_zero():
-    """Equal to the truth in both is no increase; any error beside no error is a failure."""
-    truth = np.arange(60.0)
-    assert gate.judge_regression(truth, truth, truth, budget=0.01).verdict == "PASS"
-    record = gate.judge_regression(truth, truth, truth + 1, budget=0.01)
-    assert record.verdict == "FAIL"
-    assert np.isfinite([record.drop, record.drop_upper]).all()
 
 
 def test_a_set_of_labels_is_right_as_a_whole():
@@ -210,6 +146,33 @@ def test_tasks_are_judged_each_on_what_is_known_of_it():
     assert records[1].drop == pytest.approx(0.1)
     assert gate.closest(records) is records[1]
     assert gate.judge_tasks(TASKS[:1], targets[:1], logits, worse, budget=0.05)[0].task is None
+
+
+@pytest.mark.parametrize(("found", "n"), [(0, 300), (3, 300), (40, 50), (50, 50), (2500, 10_000)])
+def test_the_disagreement_has_its_exact_bound(found, n):
+    """scipy's Clopper-Pearson interval has the same upper end, whose two sides take 5% each."""
+    expected = binomtest(found, n).proportion_ci(0.9, method="exact").high
+    assert proportions.fraction_upper(found, n, 0.95) == pytest.approx(expected, abs=1e-9)
+
+    record = gate.judge(*labels(1, 1, both=3, n=100), budget=0.01)
+    assert record.disagreement_upper == proportions.fraction_upper(5, 100, 0.95)
+
+
+def test_a_stricter_confidence_needs_more_examples():
+    """The bound moves away from the drop, and what passed at 95% no longer does at 99%."""
+    passed, missed = (gate.judge(*labels(0, 0, n=300), budget=0.01, confidence=c) for c in (0.95, 0.99))
+    assert (passed.verdict, missed.verdict) == ("PASS", "INCONCLUSIVE")
+    assert passed.drop_upper < missed.drop_upper
+
+
+def test_a_metric_applies_to_the_tasks_that_it_fits():
+    """Others keep their own; one that fits none is refused with those that would do."""
+    assert gate.gated_metrics(TASKS) == ("accuracy", "exact_match", "rmse")
+    assert gate.gated_metrics(TASKS, "macro_f1") == ("macro_f1", "macro_f1", "rmse")
+    assert gate.gated_metrics(TASKS, "mae") == ("accuracy", "exact_match", "mae")
+    assert gate.gated_metrics(TASKS[:1], "auroc") == ("auroc",)
+    with pytest.raises(DataError, match=r"'micro_f1' .* there are accuracy, balanced_accuracy, macro_f1, mcc, auroc\."):
+        gate.gated_metrics(TASKS[:1], "micro_f1")
 
 
 def test_gate_failure_has_its_own_exit_code():
