@@ -225,12 +225,12 @@ def _wrong_where_broken(task: Task, logits: np.ndarray, truth: np.ndarray) -> np
     broken = ~np.isfinite(logits).all(axis=1)
     if not broken.any():
         return logits
-    wrong = np.full(logits.shape, WORST) if isinstance(task, Regression) else 50 - 100 * _rows(task, truth)
+    wrong = np.full(logits.shape, WORST) if isinstance(task, Regression) else 50 - 100 * label_rows(task, truth)
     replaced: np.ndarray = np.where(broken[:, None], wrong, logits)
     return replaced
 
 
-def _rows(task: Task, labels: np.ndarray) -> np.ndarray:
+def label_rows(task: Task, labels: np.ndarray) -> np.ndarray:
     """Labels int (N,) or (N, C) as bool (N, C)."""
     if isinstance(task, Multiclass):
         rows: np.ndarray = np.eye(len(task.labels), dtype=bool)[labels]
@@ -243,13 +243,13 @@ def _comparison(metric: str, task: Task, truth: np.ndarray, reference: np.ndarra
     answers = [predictions(task, logits) for logits in (reference, candidate)]
     if isinstance(task, Regression):
         return compare_values(metric, truth, *answers)
-    rows = _rows(task, truth)
+    rows = label_rows(task, truth)
     if metric == "auroc":
         _check_ranked(task, rows)
         score = outputs.softmax if isinstance(task, Multiclass) else outputs.sigmoid
         return compare_scores(rows, score(reference), score(candidate))
     return compare_labels(
-        metric, rows, *(_rows(task, labels) for labels in answers), exclusive=isinstance(task, Multiclass)
+        metric, rows, *(label_rows(task, labels) for labels in answers), exclusive=isinstance(task, Multiclass)
     )
 
 
