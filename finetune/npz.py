@@ -37,7 +37,7 @@ def read_npz(path: Path, inputs: tuple[str, ...], labels: Sequence[LabelColumn],
         raise DataError(f"the vectors of an .npz are one array, not {len(inputs)}: {', '.join(inputs)}.")
     if name in [column.name for column in labels]:
         raise DataError(f"array {name!r} cannot be both input and label.")
-    arrays = _load(path, [name, *(column.name for column in labels)])
+    arrays = load_arrays(path, [name, *(column.name for column in labels)])
     vectors = _vectors(path, name, arrays[name])
     targets = []
     bad = _not_finite(name, vectors)
@@ -86,7 +86,12 @@ def _open(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
             yield file
 
 
-def _load(path: Path, names: list[str]) -> dict[str, np.ndarray]:
+def load_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Some of the arrays, whose first axes are the examples.
+
+    Raises:
+        DataError: the file cannot be read, or lacks an array; one has no axis, or two differ in length.
+    """
     arrays = {}
     with _open(path) as file:
         for name in names:
