@@ -1,4 +1,4 @@
-"""How much of a network is trained: its head, its last blocks, all of it, low-rank changes, or as much as pays."""
+"""How much of a network is trained: its head, its last blocks, all of it, low-rank changes, or what is best of some."""
 
 import math
 import time
