@@ -1,11 +1,15 @@
 """`edgeward inspect` and `edgeward verify`."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from bundle.errors import DeviceUnavailable, ModelError, SelfTestFailed
+from bundle.host import machine_class
 from bundle.manifest import (
     GateRecord,
     Input,
@@ -15,12 +19,13 @@ from bundle.manifest import (
     Task,
     TensorsInput,
     TextInput,
+    Variant,
     VectorInput,
     WordsInput,
 )
-from bundle.model import load_model
+from bundle.model import Model, load_model, start_variant
 from bundle.session import Device
-from bundle.store import open_bundle
+from bundle.store import Bundle, open_bundle
 from edgeward.result import give
 
 
@@ -35,27 +40,72 @@ def inspect(bundle: Path, *, json: bool = False) -> None:
     give(manifest, _render(manifest), json=json)
 
 
+@dataclass(frozen=True)
+class Proof:
+    """What the self-test of a variant gave here."""
+
+    variant: str
+    device: str
+    isa: str
+    reproduced: bool | None  # none when it could not run
+    remark: str
+
+
 def verify(bundle: Path, *, device: Device = "auto", json: bool = False) -> None:
-    """Check every hash of a bundle and run its golden self-test on this machine.
+    """Check every hash of a bundle and run the golden self-test of every variant that this machine can run.
+
+    It fails when the variant that would be served here, or one that was gated on this class of machine, does not
+    reproduce its golden examples. One that was gated on another class need not; whether it does is shown.
 
     Args:
         bundle: its directory.
-        device: to run the self-test on.
+        device: whose variants to test; "auto" tests those of all devices.
         json: give the result as one JSON object.
     """
-    model = load_model(bundle, device=device)
+    served = load_model(bundle, device=device)
+    opened = open_bundle(bundle)
+    proofs = [_prove(opened, one, served) for one in opened.manifest.variants if device in ("auto", one.device)]
     found = {
         "bundle": bundle,
-        "files": len(model.manifest.files),
-        "variant": model.variant.name,
-        "device": model.session.device,
-        "goldens": len(model.manifest.goldens),
+        "files": len(opened.manifest.files),
+        "variant": served.variant.name,
+        "device": served.session.device,
+        "goldens": len(opened.manifest.goldens),
+        "variants": proofs,
     }
-    message = (
-        f"{bundle}: {found['files']} files as sealed; {found['goldens']} golden examples reproduced by "
+    give(found, _render_proofs(found, proofs), json=json)
+
+
+def _prove(opened: Bundle, variant: Variant, served: Model) -> Proof:
+    def proof(reproduced: bool | None, remark: str) -> Proof:
+        return Proof(variant.name, variant.device, variant.isa, reproduced, remark)
+
+    if variant == served.variant:
+        return proof(True, "served here")
+    here = machine_class(variant.device)
+    try:
+        start_variant(opened, variant)
+    except DeviceUnavailable as error:
+        return proof(None, str(error))
+    except (SelfTestFailed, ModelError) as error:
+        if variant.isa == here:
+            raise
+        return proof(False, f"not served here, where nothing was gated on {variant.isa}: {error}")
+    return proof(True, "" if variant.isa == here else f"gated on another class of machine; this one is {here}")
+
+
+def _render_proofs(found: dict[str, Any], proofs: list[Proof]) -> Group:
+    message = Text(
+        f"{found['bundle']}: {found['files']} files as sealed; {found['goldens']} golden examples reproduced by "
         f"{found['variant']} on {found['device']}."
     )
-    give(found, Text(message), json=json)
+    if len(proofs) == 1:
+        return Group(message)
+    table = Table("variant", "device", "for", "reproduced", "remark")
+    for one in proofs:
+        answer = {True: "yes", False: "no", None: "not run"}[one.reproduced]
+        table.add_row(one.variant, one.device, one.isa, answer, one.remark)
+    return Group(message, table)
 
 
 def _render(manifest: Manifest) -> Group:
@@ -72,20 +122,30 @@ def _render(manifest: Manifest) -> Group:
     facts.add_row("command", " ".join(origin.command))
     facts.add_row("goldens", f"{len(manifest.goldens)}")
     facts.add_row("size", f"{sum(entry.bytes for entry in manifest.files.values()) / 1e6:.1f} MB")
-    variants = Table(title="variants")
-    for column in ("variant", "device", "instruction set", "p50 ms", "× fp32", "batch-invariant", "gate"):
-        variants.add_column(column)
+    return Group(facts, _render_variants(manifest), _render_gates(manifest))
+
+
+def _render_variants(manifest: Manifest) -> Table:
+    table = Table("variant", "device", "for", "p50 ms", "× fp32", "rows/s", "batch-invariant", title="variants")
     for one in manifest.variants:
-        variants.add_row(
+        table.add_row(
             one.name,
             one.device,
             one.isa,
             f"{one.latency.p50_ms:.2f}",
             f"{one.latency.ratio:.2f}",
+            "" if one.rows_per_s is None else f"{one.rows_per_s:.0f}",
             "yes" if one.batch_invariant else "no",
-            _gate(one.gate, one.parity),
         )
-    return Group(facts, variants)
+    return table
+
+
+def _render_gates(manifest: Manifest) -> Table:
+    table = Table("variant", "gate", "built")
+    for one in manifest.variants:
+        built = one.built or manifest.provenance
+        table.add_row(one.name, _gate(one.gate, one.parity), f"{built.created[:10]} on {built.cpu}")
+    return table
 
 
 def _input(spec: Input) -> str:
@@ -113,7 +173,7 @@ def _gate(record: GateRecord | None, parity: float) -> str:
     if record is None:
         return f"parity within {parity:.1g}"
     metric = f"{record.task}.{record.metric}" if record.task else record.metric
-    drop = "increase" if record.metric == "rmse" else "drop"
+    drop = "increase" if record.metric in ("rmse", "mae") else "drop"
     return (
         f"{record.verdict}: {metric} {record.reference:.4f} -> {record.served:.4f} on "
         f"{record.examples} examples, {drop} at most {record.drop_upper:.4f} of {record.budget:.4f}"

@@ -36,8 +36,8 @@ def check_same_model(bundle: Bundle, spec: Input, tasks: tuple[Task, ...], sha25
         differing.append("the tasks")
     if differing:
         raise BundleError(
-            f"{bundle.path} is of another model; what differs: {', and '.join(differing)}. A variant must come from the "
-            "checkpoint that the bundle was exported from. Nothing was written."
+            f"{bundle.path} is of another model; what differs: {', and '.join(differing)}. A variant must come from "
+            "the checkpoint that the bundle was exported from. Nothing was written."
         )
 
 
