@@ -42,7 +42,7 @@ def read_npz(path: Path, inputs: tuple[str, ...], labels: Sequence[LabelColumn],
     targets = []
     bad = _not_finite(name, vectors)
     for column in labels:
-        target, wrong = _target(path, column, arrays[column.name])
+        target, wrong = array_target(path, column, arrays[column.name])
         targets.append(target)
         bad = wrong | bad
     digests, raw = vector_content(vectors)
@@ -125,7 +125,12 @@ def _not_finite(name: str, vectors: np.ndarray) -> dict[int, str]:
     return {row: f"has {vectors[row, position]} at position {position}" for row, position in first.items()}
 
 
-def _target(path: Path, column: LabelColumn, array: np.ndarray) -> tuple[Target, dict[int, str]]:
+def array_target(path: Path, column: LabelColumn, array: np.ndarray) -> tuple[Target, dict[int, str]]:
+    """The target that an array holds, and what is wrong with single entries; see read_npz for the kinds.
+
+    Raises:
+        DataError: it has another shape or type.
+    """
     name = column.name
     if array.dtype.kind not in "biufUS":
         raise DataError(f"array {name!r} of {path} holds {array.dtype}, neither numbers nor text.")
