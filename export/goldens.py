@@ -1,21 +1,24 @@
 """Golden examples: a few raw inputs that travel in the bundle with what must come of them."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from bundle import preprocess
-from bundle.manifest import Golden, ImageInput
+from bundle import preprocess, store
+from bundle.manifest import Golden, ImageInput, Input
 from bundle.session import Session
-from export.search import Split
-from finetune.checkpoint import Checkpoint
-from finetune.data import Dataset
+from export.source import Source, Split
 from finetune.target import Target
 
 COUNT = 8
 FOLDER = "goldens"
 JPEG = b"\xff\xd8\xff"
-TOLERANCE = {"fp32": 1e-3, "int8": 0.05}  # of a logit, in standard deviations: what one ISA class may differ by
+TOLERANCE = {
+    "fp32": 1e-3,
+    "fp16": 0.02,
+    "int8": 0.05,
+}  # of a logit, in standard deviations: what one ISA class may differ by
 
 
 def pick(split: Split) -> list[int]:
@@ -42,20 +45,26 @@ def _answers(target: Target) -> np.ndarray:
     return np.where(target.known, np.searchsorted(edges, codes, side="right"), -1)
 
 
+def examples(source: Source) -> list[bytes]:
+    """Raw examples of the selection split that show as many answers as possible."""
+    split = source.selection
+    return [source.raw(int(split.indices[position])) for position in pick(split)]
+
+
 def write(
-    folder: Path, checkpoint: Checkpoint, dataset: Dataset, split: Split, sessions: dict[str, Session]
+    folder: Path, spec: Input, files: Mapping[str, bytes], raws: Sequence[bytes], sessions: Mapping[str, Session]
 ) -> tuple[Golden, ...]:
     """Write raw examples and tensors below `folder`, run every variant, and return the manifest's entries."""
     (folder / FOLDER).mkdir()
-    spec, goldens = checkpoint.spec.input, []
-    for number, position in enumerate(pick(split)):
-        raw = dataset.raw(int(split.indices[position]))
+    encode, goldens = preprocess.encoder(spec, files.__getitem__), []
+    for number, raw in enumerate(raws):
         file = f"{FOLDER}/{number}.raw"
         (folder / file).write_bytes(raw)
-        feeds = preprocess.collate([split.rows[position]], spec)
+        feeds = preprocess.collate([encode(raw)], spec)
         tensors = {}
-        for name, value in feeds.items():
-            tensors[name] = f"{FOLDER}/{number}.{name}.npy"
+        for place, (name, value) in enumerate(feeds.items()):
+            plain = store.NAME_PATTERN.fullmatch(name)  # an ONNX model's inputs may be called anything
+            tensors[name] = f"{FOLDER}/{number}.{name if plain else '_' + str(place)}.npy"
             np.save(folder / tensors[name], value[0], allow_pickle=False)
         logits = {
             variant: {name: tuple(map(float, rows[0])) for name, rows in session.run(feeds).items()}

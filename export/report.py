@@ -8,14 +8,20 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from bundle.manifest import GateRecord, Latency, Multilabel, Provenance, Record, Task
+from bundle.manifest import GateRecord, Latency, Multiclass, Multilabel, Provenance, Record, Task
 from export import gate
+from export.config import Objective
+from export.fidelity import Fidelity
 from export.graph import Parity
+from export.mixed import Kept
+from export.robustness import Robustness
+from export.search import BatchLatency
 from finetune import evaluate
 from finetune.target import Target
 
-FORMAT_VERSION = 2
-Outcome = Literal["shipped", "slower", "less accurate", "not passed", "not chosen"]
+FORMAT_VERSION = 3
+MOST_FLIPS = 50  # that are listed
+Outcome = Literal["shipped", "slower", "larger", "less accurate", "not passed", "failed", "not chosen"]
 Scores = dict[str, float]
 """By metric; of several tasks with the prefix `TASK.`"""
 
@@ -24,12 +30,38 @@ class Candidate(Record, frozen=True, kw_only=True):
     """One compiled variant that was tried."""
 
     name: str
+    recipe: str  # how it was made, a clause
     bytes: int
     batch_invariant: bool
-    latency: Latency
+    latency: Latency | None  # at batch 1; none when it was not worth timing
+    rows_per_s: float | None = None  # at the served batch
     selection: Scores  # of the variant, on the selection split
-    selection_drop: Scores  # PyTorch minus the variant, there, of each gated metric; of rmse the relative increase
+    selection_drop: Scores  # PyTorch minus the variant, there, of each gated metric; of an error the relative increase
+    selection_drop_interval: dict[str, tuple[float, float]]  # of each, both one-sided bounds
+    fidelity: tuple[Fidelity, ...]  # on the selection split
+    leftovers: int  # conversions between int8 and fp32 that the runtime left in the graph
+    kept: tuple[Kept, ...] = ()
     outcome: Outcome
+    because: str  # why this outcome, a clause
+
+
+class Confusion(Record, frozen=True, kw_only=True):
+    """Counts of a multiclass task on the gate split, rows the truth and columns the answer, in the labels' order."""
+
+    task: str | None
+    labels: tuple[str, ...]
+    pytorch: tuple[tuple[int, ...], ...]
+    served: tuple[tuple[int, ...], ...]
+
+
+class Flip(Record, frozen=True, kw_only=True):
+    """An example of the gate split whose answer the compiled variant changed."""
+
+    task: str | None
+    example: int  # its position in the data
+    truth: str
+    pytorch: str
+    served: str
 
 
 class Report(Record, frozen=True, kw_only=True):
@@ -39,16 +71,23 @@ class Report(Record, frozen=True, kw_only=True):
     name: str
     version: int
     shipped: str
-    budget: float  # largest drop that passes: of a fraction of right answers, or relative to an RMSE
+    budget: float  # largest drop that passes: of a fraction of right answers, or relative to an error
     confidence: float
-    certifiable: Scores  # the smallest drops that the gate split could have ruled out; of rmse there is none
+    optimize: Objective
+    certifiable: Scores  # the smallest drops that the gate split could have ruled out; of some metrics there is none
     examples: dict[str, int]
     parity: Parity
+    fusions: dict[str, int]  # operators that the runtime, or export, fused, by kind
     candidates: tuple[Candidate, ...]
     gate: tuple[GateRecord, ...]  # for each task, of the one candidate that was gated; empty when none was worth it
     pytorch: Scores  # on the gate split
     served: Scores
     comparison: tuple[GateRecord, ...]  # for each task, of what ships; for fp32, which passes on parity, a description
+    fidelity: tuple[Fidelity, ...]  # of what ships, on the gate split
+    robustness: Robustness  # of what ships
+    batches: tuple[BatchLatency, ...]
+    confusion: tuple[Confusion, ...]
+    flips: tuple[Flip, ...]  # the first MOST_FLIPS
     provenance: Provenance
 
 
@@ -63,6 +102,31 @@ def scores(tasks: Sequence[Task], logits: np.ndarray, targets: Sequence[Target])
         name.removesuffix("accuracy") + "exact_match" if name in sets else name: value
         for name, value in measured.items()
     }
+
+
+def failed(name: str, recipe: str, because: str) -> Candidate:
+    """A variant that could not be compiled."""
+    return Candidate(
+        name=name,
+        recipe=recipe,
+        bytes=0,
+        batch_invariant=False,
+        latency=None,
+        selection={},
+        selection_drop={},
+        selection_drop_interval={},
+        fidelity=(),
+        leftovers=0,
+        outcome="failed",
+        because=because,
+    )
+
+
+def answer(task: Multiclass | Multilabel, predicted: np.ndarray) -> str:
+    """A predicted or true label, or set of labels bool (C,), in words; a missing one is empty."""
+    if isinstance(task, Multiclass):
+        return task.labels[int(predicted)] if predicted >= 0 else ""
+    return ", ".join(label for label, holds in zip(task.labels, predicted, strict=True) if holds == 1)
 
 
 def metric(tasks: Sequence[Task], task: Task, name: str) -> str:
@@ -90,15 +154,18 @@ def _candidates(report: Report) -> Table:
         table.add_row(
             one.name,
             f"{one.bytes / 1e6:.1f}",
-            f"{one.latency.p50_ms:.2f}",
-            f"{one.latency.ratio:.2f}",
-            f"{one.latency.ratio_upper:.2f}",
-            *(f"{one.selection[name]:.4g}" for name in gated),
+            *(f"{x:.2f}" for x in _times(one)),
+            *(f"{one.selection[name]:.4g}" if name in one.selection else "" for name in gated),
             "yes" if one.batch_invariant else "no",
             one.outcome,
             style="bold" if one.outcome == "shipped" else "",
         )
     return table
+
+
+def _times(one: Candidate) -> tuple[float, float, float]:
+    latency = one.latency
+    return (latency.p50_ms, latency.ratio, latency.ratio_upper) if latency else (np.nan, np.nan, np.nan)
 
 
 def _accuracy(report: Report) -> Table:

@@ -1,56 +1,76 @@
-"""Which compiled variant ships: built, timed, chosen on the selection split, gated once on the gate split."""
+"""Which compiled variant ships: built, measured, chosen on the selection split, gated once on the gate split."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import onnx
 import structlog
 
 from bundle import preprocess
-from bundle.errors import DataError
-from bundle.manifest import GateRecord, Input, Latency, Task
+from bundle.errors import ModelError
+from bundle.manifest import GateRecord, Latency, Record
 from bundle.model import predict_logits
-from bundle.session import Session
-from export import gate, graph, quantize, refit, timing
-from finetune import evaluate
-from finetune.checkpoint import Checkpoint
-from finetune.data import Dataset
-from finetune.loader import EncodedRows
-from finetune.splits import SplitName
-from finetune.target import Target
+from bundle.session import Session, node_times
+from export import fidelity, gate, graph, mixed, placement, proportions, robustness, timing
+from export.config import ExportConfig, Objective
+from export.ladder import FP32, REFIT, Compiler, Recipe, ladder, recipe_named
+from export.mixed import Kept
+from export.placement import Group
+from export.source import Source, Split
+from export.target import Target
+from finetune.progress import track
 
 log = structlog.get_logger()
 
 WORTHWHILE = 0.97  # an int8 variant whose latency ratio may be above this is not worth its rounding
-SAMPLES = 32  # examples for timing, parity and invariance
-VariantName = Literal["fp32", "int8-dynamic", "int8-static", "int8-static-refit"]
+SCREENED = {"fast": 64, "normal": 128, "thorough": 512}  # examples on which each group of layers is tried
+BATCHES = (1, 8)  # at which what ships is timed
 
 
-@dataclass(frozen=True)
-class Split:
-    """Held-out examples as the graph takes them, and what PyTorch says of them."""
+class Traits(Record, frozen=True, kw_only=True):
+    """What a graph does, whatever its speed."""
 
-    rows: Sequence[np.ndarray]
-    targets: tuple[Target, ...]  # of these N examples, one for each task
-    logits: np.ndarray  # float32 (N, columns of all tasks), of PyTorch
-    indices: np.ndarray  # int64 (N,), into the dataset
+    batch_invariant: bool
+    leftovers: int  # conversions between int8 and fp32 that the runtime left
 
-    def __len__(self) -> int:
-        return len(self.indices)
+
+class BatchLatency(Record, frozen=True, kw_only=True):
+    """A variant and fp32 at one batch size."""
+
+    batch: int
+    p50_ms: float  # of a run
+    fp32_p50_ms: float
+    ratio: float
+
+    @property
+    def rows_per_s(self) -> float:
+        """Examples that pass in a second, one run after the other."""
+        return 1e3 * self.batch / self.p50_ms
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
     """A compiled variant and what was measured of it on the selection split."""
 
-    name: VariantName
+    recipe: Recipe
     graph: bytes
-    session: Session
+    device: Literal["cpu", "cuda", "tensorrt"]
     batch_invariant: bool
-    latency: Latency
+    leftovers: int
     logits: np.ndarray  # float32 (N, columns of all tasks), of the selection split
     selection: tuple[GateRecord, ...]  # for each task
+    kl: float  # divergence from the reference there, nats
+    latency: Latency | None = None  # at batch 1; none until it is timed
+    throughput: BatchLatency | None = None  # at the largest batch, when that is what counts
+    kept: tuple[Kept, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """That of its recipe."""
+        return self.recipe.name
 
     @property
     def within_budget(self) -> bool:
@@ -58,179 +78,359 @@ class Candidate:
         return all(record.drop <= record.budget for record in self.selection)
 
     @property
+    def proved(self) -> bool:
+        """Whether every task would pass the gate if the selection split were the gate split."""
+        return all(record.verdict == "PASS" for record in self.selection)
+
+    @property
+    def closeness(self) -> float:
+        """How far the worst task's bound is from the budget on the selection split; positive is beyond it."""
+        return max(record.drop_upper - record.budget for record in self.selection)
+
+    @property
     def drop(self) -> float:
         """That of the task that lost most on the selection split."""
         return max(record.drop for record in self.selection)
 
-    def predict(self, rows: Sequence[np.ndarray], spec: Input, tasks: Sequence[Task]) -> np.ndarray:
+    @property
+    def precision(self) -> Literal["fp32", "fp16", "int8"]:
+        """As a manifest names it."""
+        return self.recipe.kind if self.recipe.kind in ("fp32", "fp16") else "int8"
+
+    @cached_property
+    def session(self) -> Session:
+        """As it is served."""
+        return Session(self.graph, device=self.device, threads=self.latency.threads if self.latency else None)
+
+    def predict(self, split: Split, source: Source) -> np.ndarray:
         """Logits float32 (N, columns of all tasks), by the path that serves."""
-        return graph.joined(predict_logits(self.session, spec, rows, batch_invariant=self.batch_invariant), tasks)
+        outputs = predict_logits(self.session, source.spec, split.rows, batch_invariant=self.batch_invariant)
+        return graph.joined(outputs, source.tasks)
 
 
 @dataclass(frozen=True)
 class Findings:
     """What the search found out."""
 
-    parity: graph.Parity
     candidates: tuple[Candidate, ...]  # fp32 first
+    failed: dict[Recipe, str]  # those that could not be compiled, and why
     chosen: Candidate  # on the selection split
     gated: tuple[GateRecord, ...]  # of `chosen`, for each task; empty for fp32, which passes on parity alone
     shipped: Candidate
-    selection: Split
     held_out: Split  # the gate split
     logits: np.ndarray  # float32 (N, columns of all tasks), of `shipped` on the gate split
+    robustness: robustness.Robustness  # of `shipped`
+    batches: tuple[BatchLatency, ...]  # of `shipped`
 
 
-def search(
-    checkpoint: Checkpoint,
-    dataset: Dataset,
-    *,
-    variant: Literal["auto"] | VariantName,
-    refit_head: bool,
-    budget: float,
-    calibration: int,
-    threads: int | None,
-    timer: timing.Timer,
-) -> Findings:
-    """Compile and measure every variant, choose one, and gate it.
+def search(source: Source, config: ExportConfig, target: Target, timer: timing.Timer) -> Findings:
+    """Compile and measure variants, choose one, and gate it.
 
     Args:
-        checkpoint: what to compile.
-        dataset: that it was split from.
-        variant: the one to gate, or "auto" for the fastest that the selection split lets through.
-        refit_head: try a head that was fitted on the features of the static int8 backbone, too.
-        budget: largest drop that passes, a fraction.
-        calibration: how many training examples set the ranges of static int8.
-        threads: the most that one run may have; by default all the cores that this process may use.
+        source: what to compile, and the examples to hold it to.
+        config: see ExportConfig.
+        target: what to compile for.
         timer: compares the latency of two sessions.
 
     Raises:
-        GateFailed: the fp32 graph is not the PyTorch model.
-        DataError: a held-out split is too small to judge a task on.
+        GateFailed: nothing is as fast and small as --max-latency-ms and --max-size-mb ask.
+        ModelError: the variant asked for cannot be compiled.
     """
-    spec, tasks = checkpoint.spec.input, checkpoint.spec.tasks
-    _check_known(checkpoint, dataset)
-    selection = reference_split(checkpoint, dataset, "selection")
-    sample = list(selection.rows[:SAMPLES])
-    fp32 = graph.to_onnx(checkpoint.network, spec, tasks, sample)
-    parity = graph.check_parity(fp32, checkpoint.network, spec, tasks, sample)
-    log.info("parity", largest_difference=parity.served, tolerance=parity.tolerance)
+    bench = Bench(source, config, target, timer)
+    _announce(source, config)
+    candidates, failed = [bench.measure(FP32)], {}
+    wanted = _recipes(source, config, target)
+    for recipe in track(wanted, len(wanted), "trying variants"):
+        try:
+            candidates.append(bench.measure(recipe))
+        except ModelError as error:
+            if config.variant != "auto":
+                raise
+            log.warning("a variant cannot be compiled", variant=recipe.name, because=str(error))
+            failed[recipe] = str(error)
+    candidates = _timed(candidates, bench)
+    if config.variant == "auto" and config.effort != "fast" and target.device == "cpu":
+        candidates += mixed_precision(candidates, bench)
+    chosen = candidates[-1] if config.variant != "auto" else choose(candidates, config)
+    return _gate(candidates, failed, chosen, bench)
 
-    graphs: dict[VariantName, bytes] = {"fp32": fp32}
-    if variant in ("auto", "int8-dynamic"):
-        graphs["int8-dynamic"] = quantize.int8_dynamic(fp32)
-    if variant in ("auto", "int8-static"):
-        graphs["int8-static"] = quantize.int8_static(fp32, spec, calibration_rows(checkpoint, dataset, calibration))
-    if refit_head or variant == "int8-static-refit":
-        graphs["int8-static-refit"] = refit.int8_static_refit(
-            checkpoint, dataset, calibration_rows(checkpoint, dataset, calibration)
+
+def _recipes(source: Source, config: ExportConfig, target: Target) -> list[Recipe]:
+    if config.variant == "auto":
+        refit = [REFIT] if config.refit_head else []
+        return [*ladder(source.spec, config.effort, target.device), *refit]
+    recipe = recipe_named(config.variant, source.spec, target.device)
+    return [] if recipe == FP32 else [recipe]
+
+
+def _announce(source: Source, config: ExportConfig) -> None:
+    """Say, before anything is tried, what so many examples can prove."""
+    budget, confidence = config.max_drop / 100, config.confidence
+    best = proportions.best_certifiable(source.gate_size, confidence)
+    log.info("gate split", examples=source.gate_size, certifies_at_best=round(best, 5), budget=budget)
+    if best > budget:
+        log.warning(
+            "the gate split is too small for the budget: fp32 will ship",
+            examples=source.gate_size,
+            needed=proportions.fewest_examples(budget, confidence),
+            certifies_at_best=round(best, 5),
+            budget=budget,
         )
-    reference = Session(fp32, device="cpu", threads=threads)
-    candidates = tuple(
-        measure(name, compiled, reference, spec, tasks, selection, budget, timer) for name, compiled in graphs.items()
-    )
-    chosen = choose(candidates) if variant == "auto" else next(one for one in candidates if one.name == variant)
 
-    held_out = reference_split(checkpoint, dataset, "gate")
-    log.info("gate", variant=chosen.name, examples=len(held_out), budget=budget)
-    logits, shipped = chosen.predict(held_out.rows, spec, tasks), chosen
+
+class Bench:
+    """Compiles and measures the variants of one model, or remembers what an earlier export measured."""
+
+    def __init__(self, source: Source, config: ExportConfig, target: Target, timer: timing.Timer) -> None:
+        self.source, self.config, self._target, self._timer = source, config, target, timer
+        self.compiler = Compiler(source, signed=target.signed)
+        self._memory = source.memory if timer is timing.interleaved else replace(source.memory, enabled=False)
+
+    @cached_property
+    def reference(self) -> Session:
+        """The fp32 graph with all the threads that it may have."""
+        return Session(self.source.graph, device=self._target.device, threads=self.config.threads)
+
+    def measure(self, recipe: Recipe, kept: tuple[Kept, ...] = ()) -> Candidate:
+        """Compile a recipe and run it over the selection split; its speed is not looked at.
+
+        Raises:
+            ModelError: it cannot be compiled, or not be run.
+        """
+        source, memory = self.source, self.source.memory
+        compiled = self.compiler.compile(recipe)
+        traits = memory.record(Traits, "traits", recipe, compute=lambda: self._traits(compiled))
+
+        def run() -> np.ndarray:
+            outputs = predict_logits(
+                Session(compiled, device=self._target.device),
+                source.spec,
+                source.selection.rows,
+                batch_invariant=traits.batch_invariant,
+            )
+            return graph.joined(outputs, source.tasks)
+
+        logits = memory.array("selection", recipe, compute=run)
+        candidate = Candidate(
+            recipe,
+            compiled,
+            self._target.device,
+            traits.batch_invariant,
+            traits.leftovers,
+            logits,
+            self.judge(source.selection, logits),
+            fidelity.screen_kl(source.tasks, source.selection.logits, logits),
+            kept=kept,
+        )
+        log.info("candidate", variant=candidate.name, drop=candidate.drop, kl=candidate.kl)
+        return candidate
+
+    @cached_property
+    def can_prove(self) -> bool:
+        """Whether the selection split is large enough for a variant that changes no answer to pass."""
+        same = self.judge(self.source.selection, self.source.selection.logits)
+        return all(record.verdict == "PASS" for record in same)
+
+    def harms(self, base: Candidate, groups: Sequence[Group]) -> list[float]:
+        """By how much the KL divergence of a quantized candidate falls when one group alone is in fp32, nats."""
+        picked = np.random.default_rng(0).permutation(len(self.source.selection))[: SCREENED[self.config.effort]]
+        before = self._divergence(base.recipe, base.batch_invariant, picked)
+        found = []
+        for group in track(groups, len(groups), "sensitivity of layers"):
+            alone = replace(base.recipe, kept=group.nodes)
+            found.append(before - self._divergence(alone, base.batch_invariant, picked))
+        return found
+
+    def _divergence(self, recipe: Recipe, batch_invariant: bool, picked: np.ndarray) -> float:
+        """That of a recipe on some examples of the selection split, int64 positions (M,)."""
+        source = self.source
+
+        def run() -> np.ndarray:
+            session = Session(self.compiler.compile(recipe, keep=False), device=self._target.device)
+            rows = [source.selection.rows[int(i)] for i in picked]
+            outputs = predict_logits(session, source.spec, rows, batch_invariant=batch_invariant)
+            return graph.joined(outputs, source.tasks)
+
+        logits = source.memory.array("screen", len(picked), recipe, compute=run)
+        return fidelity.screen_kl(source.tasks, source.selection.logits[picked], logits)
+
+    def gains(self, base: Candidate, groups: Sequence[Group]) -> list[float]:
+        """What int8 saves in each group, of a run of one example in ms, by profiles of both graphs."""
+        assert base.latency is not None
+        prepared = self.compiler.prepared
+        outputs = {output: node.name for node in onnx.load_from_string(prepared).graph.node for output in node.output}
+        feeds = [preprocess.collate([row], self.source.spec) for row in self.source.sample]
+        before, after = (
+            np.array(mixed.times_of(groups, outputs, node_times(compiled, feeds, threads=base.latency.threads)))
+            for compiled in (prepared, base.graph)
+        )
+        gains: list[float] = (before - after).tolist()
+        return gains
+
+    def judge(self, split: Split, logits: np.ndarray) -> tuple[GateRecord, ...]:
+        """Hold logits to those of the reference on a split, task by task."""
+        config = self.config
+        return gate.judge_tasks(
+            self.source.tasks,
+            split.targets,
+            split.logits,
+            logits,
+            budget=config.max_drop / 100,
+            confidence=config.confidence,
+            metric=config.metric,
+        )
+
+    def time(self, candidate: Candidate) -> Candidate:
+        """The candidate with its latency and, where that counts, its throughput."""
+        latency = self._memory.record(
+            Latency, "latency", self.config.threads, candidate.recipe.kernels, compute=lambda: self._latency(candidate)
+        )
+        timed = replace(candidate, latency=latency)
+        if self.config.optimize == "throughput":
+            timed = replace(timed, throughput=self.at_batch(timed, max(BATCHES)))
+        log.info("timed", variant=timed.name, ratio=round(latency.ratio, 3), threads=latency.threads)
+        return timed
+
+    def at_batch(self, candidate: Candidate, batch: int) -> BatchLatency:
+        """A timed candidate and fp32 at a batch size; one that is not batch-invariant runs its examples one by one."""
+        assert candidate.latency is not None
+        size = batch if candidate.batch_invariant else 1
+        if size == 1:
+            alone = candidate.latency
+            return BatchLatency(batch=1, p50_ms=alone.p50_ms, fp32_p50_ms=alone.fp32_p50_ms, ratio=alone.ratio)
+        what = ("batch", batch, self.config.threads, candidate.latency.threads, candidate.recipe.kernels)
+        return self._memory.record(BatchLatency, *what, compute=lambda: self._at_batch(candidate, size))
+
+    def _latency(self, candidate: Candidate) -> Latency:
+        feeds = [preprocess.collate([row], self.source.spec) for row in self.source.sample]
+        times, session = timing.fastest(candidate.graph, self.reference, feeds, self._timer)
+        return Latency(
+            p50_ms=times.p50_ms,
+            fp32_p50_ms=times.reference_p50_ms,
+            ratio=times.ratio,
+            ratio_lower=times.ratio_lower,
+            ratio_upper=times.ratio_upper,
+            threads=session.threads,
+        )
+
+    def _at_batch(self, candidate: Candidate, batch: int) -> BatchLatency:
+        sample, spec = self.source.sample, self.source.spec
+        picked = [[sample[(start + i) % len(sample)] for i in range(batch)] for start in range(0, len(sample), batch)]
+        feeds = [preprocess.collate(rows, spec) for rows in picked]
+        times = self._timer(candidate.session, self.reference, feeds)
+        return BatchLatency(batch=batch, p50_ms=times.p50_ms, fp32_p50_ms=times.reference_p50_ms, ratio=times.ratio)
+
+    def _traits(self, compiled: bytes) -> Traits:
+        session = Session(compiled, device=self._target.device)
+        return Traits(
+            batch_invariant=graph.is_batch_invariant(session, self.source.spec, self.source.sample),
+            leftovers=placement.leftovers(compiled),
+        )
+
+
+def _timed(candidates: Sequence[Candidate], bench: Bench) -> list[Candidate]:
+    """All with their latencies; of those that run the same kernels the most accurate is timed, for all of them."""
+    best: dict[object, Candidate] = {}
+    for one in sorted(candidates, key=_accuracy):
+        best.setdefault(one.recipe.kernels, one)
+    kinds = dict.fromkeys(one.recipe.kernels for one in candidates)
+    times = {kernels: bench.time(best[kernels]) for kernels in track(kinds, len(kinds), "timing")}
+    return [
+        replace(one, latency=times[one.recipe.kernels].latency, throughput=times[one.recipe.kernels].throughput)
+        for one in candidates
+    ]
+
+
+def _accuracy(candidate: Candidate) -> tuple[bool, float, float]:
+    """What sorts the more accurate first."""
+    return (not candidate.proved, candidate.closeness, candidate.kl)
+
+
+def mixed_precision(candidates: Sequence[Candidate], bench: Bench) -> list[Candidate]:
+    """Of static int8 that is too inaccurate: the same with those layers in fp32 that it takes, if that is still faster.
+
+    It is tried when static int8 is faster than everything that is accurate enough.
+    """
+    config, source = bench.config, bench.source
+    static = [one for one in candidates if one.recipe.kind == "static" and is_faster(one, config.optimize)]
+    base = min(static, key=lambda one: (speed(one, config.optimize), *_accuracy(one)), default=None)
+    chosen = choose(candidates, config)
+    if base is None or _enough(base, bench):
+        return []
+    if _enough(chosen, bench) and speed(chosen, config.optimize) * WORTHWHILE <= speed(base, config.optimize):
+        return []
+    groups = placement.groups(bench.compiler.prepared, source.spec)
+    ranked = mixed.rank(groups, bench.harms(base, groups), bench.gains(base, groups))
+
+    def variant(kept: Sequence[Group]) -> Recipe:
+        return replace(base.recipe, kept=tuple(name for group in kept for name in group.nodes))
+
+    kept = mixed.search(ranked, lambda some: _enough(bench.measure(variant(some)), bench))
+    if not kept:
+        log.info("no mixed precision", because="too many layers would have to stay in fp32", variant=base.name)
+        return []
+    reasons = tuple(one.kept for one in kept)
+    return [bench.time(bench.measure(variant([one.group for one in kept]), reasons))]
+
+
+def _enough(candidate: Candidate, bench: Bench) -> bool:
+    """Whether it is accurate enough on the selection split, as far as that split can tell."""
+    return candidate.proved if bench.can_prove else candidate.within_budget
+
+
+def speed(candidate: Candidate, objective: Objective) -> float:
+    """Its time for an example relative to that of fp32; less is faster."""
+    assert candidate.latency is not None
+    if objective == "latency":
+        return candidate.latency.ratio
+    assert candidate.throughput is not None
+    return 1 / candidate.throughput.rows_per_s
+
+
+def is_faster(candidate: Candidate, objective: Objective) -> bool:
+    """Whether it is surely faster than fp32, by more than what its rounding is worth."""
+    assert candidate.latency is not None
+    if objective == "latency":
+        return candidate.latency.ratio_upper <= WORTHWHILE
+    return candidate.batch_invariant and candidate.throughput is not None and candidate.throughput.ratio <= WORTHWHILE
+
+
+def fits(candidate: Candidate, config: ExportConfig) -> bool:
+    """Whether it is as fast and as small as asked for."""
+    assert candidate.latency is not None
+    slow = config.max_latency_ms is not None and candidate.latency.p50_ms > config.max_latency_ms
+    large = config.max_size_mb is not None and len(candidate.graph) > config.max_size_mb * 1e6
+    return not slow and not large
+
+
+def choose(candidates: Sequence[Candidate], config: ExportConfig) -> Candidate:
+    """The fastest that is surely faster than fp32 and would pass the gate on the selection split.
+
+    Where none would, that split may be too small to tell: then of those within the budget the one that is closest to
+    passing. Else fp32.
+    """
+    worthy = [
+        one for one in candidates[1:] if is_faster(one, config.optimize) and one.within_budget and fits(one, config)
+    ]
+    proved = [one for one in worthy if one.proved]
+    if proved:
+        return min(proved, key=lambda one: (speed(one, config.optimize), *_accuracy(one)))
+    return min(worthy, key=lambda one: (*_accuracy(one), speed(one, config.optimize)), default=candidates[0])
+
+
+def _gate(candidates: Sequence[Candidate], failed: dict[Recipe, str], chosen: Candidate, bench: Bench) -> Findings:
+    source, config = bench.source, bench.config
+    held_out = source.held_out()
+    log.info("gate", variant=chosen.name, examples=len(held_out), budget=config.max_drop / 100)
+    logits, shipped = chosen.predict(held_out, source), chosen
     gated: tuple[GateRecord, ...] = ()
-    if chosen.name != "fp32":
-        gated = gate.judge_tasks(tasks, held_out.targets, held_out.logits, logits, budget=budget)
+    if chosen.recipe != FP32:
+        gated = bench.judge(held_out, logits)
         worst = gate.closest(gated)
         log.info("verdict", variant=chosen.name, verdict=worst.verdict, drop=worst.drop, drop_upper=worst.drop_upper)
         if worst.verdict != "PASS":
             shipped = candidates[0]
-            logits = shipped.predict(held_out.rows, spec, tasks)
-    return Findings(parity, candidates, chosen, gated, shipped, selection, held_out, logits)
-
-
-def _check_known(checkpoint: Checkpoint, dataset: Dataset) -> None:
-    names: tuple[SplitName, ...] = ("selection", "gate")
-    for name in names:
-        indices = checkpoint.splits.indices(dataset, name)
-        for target in dataset.targets:
-            known = int(target.take(indices).known.sum())
-            if known < 2:
-                raise DataError(
-                    f"the {name} split holds {known} examples with a known {target.name!r}; comparing models takes 2 "
-                    "or more. Give it a larger fraction (edgeward finetune --split)."
-                )
-
-
-def reference_split(checkpoint: Checkpoint, dataset: Dataset, name: SplitName) -> Split:
-    """Preprocess a held-out split and run it through PyTorch."""
-    indices = checkpoint.splits.indices(dataset, name)
-    log.info("reference", split=name, examples=len(indices))
-    rows = EncodedRows(dataset, indices, checkpoint.encode)
-    logits = evaluate.logits(checkpoint.network, rows, checkpoint.spec.input)
-    return Split(rows, tuple(target.take(indices) for target in dataset.targets), logits, indices)
-
-
-def calibration_rows(checkpoint: Checkpoint, dataset: Dataset, count: int) -> Sequence[np.ndarray]:
-    """Preprocessed training examples, drawn at random with a fixed seed."""
-    indices = checkpoint.splits.indices(dataset, "train")
-    picked = np.random.default_rng(0).permutation(indices)[:count]
-    return EncodedRows(dataset, picked, checkpoint.encode)
-
-
-def measure(
-    name: VariantName,
-    compiled: bytes,
-    reference: Session,
-    spec: Input,
-    tasks: Sequence[Task],
-    selection: Split,
-    budget: float,
-    timer: timing.Timer,
-) -> Candidate:
-    """Time a variant against fp32, with as many threads as suit it, and run it over the selection split."""
-    sample = list(selection.rows[:SAMPLES])
-    feeds = [preprocess.collate([row], spec) for row in sample]
-    times, session = timing.fastest(compiled, reference, feeds, timer)
-    invariant = graph.is_batch_invariant(session, spec, sample)
-    logits = graph.joined(predict_logits(session, spec, selection.rows, batch_invariant=invariant), tasks)
-    candidate = Candidate(
-        name,
-        compiled,
-        session,
-        invariant,
-        Latency(
-            p50_ms=times.p50_ms,
-            fp32_p50_ms=times.reference_p50_ms,
-            ratio=times.ratio,
-            ratio_upper=times.ratio_upper,
-            threads=session.threads,
-        ),
-        logits,
-        gate.judge_tasks(tasks, selection.targets, selection.logits, logits, budget=budget),
-    )
-    log.info(
-        "candidate",
-        variant=name,
-        threads=session.threads,
-        ratio=round(times.ratio, 3),
-        ratio_upper=round(times.ratio_upper, 3),
-        drop=candidate.drop,
-        batch_invariant=invariant,
-    )
-    return candidate
-
-
-def choose(candidates: Sequence[Candidate]) -> Candidate:
-    """The fastest that is surely faster than fp32 and within the budget on the selection split; else fp32."""
-    worthy = [
-        one
-        for one in candidates[1:]
-        if one.latency.ratio_upper <= WORTHWHILE and one.within_budget and one not in outdone(candidates)
-    ]
-    return min(worthy, key=lambda one: one.latency.ratio, default=candidates[0])
-
-
-def outdone(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Of static int8 with the old head and with a refitted one, that which lost more on the selection split, if any.
-
-    They run the same kernels, and which of them is the faster is chance.
-    """
-    static = [one for one in candidates if one.name.startswith("int8-static")]
-    return [one for one in static if one.drop > min(other.drop for other in static)]
+            logits = shipped.predict(held_out, source)
+    checked = robustness.check_robustness(shipped.graph, shipped.session, source.spec, source.sample)
+    batches = dict.fromkeys(bench.at_batch(shipped, batch) for batch in BATCHES)
+    return Findings(tuple(candidates), failed, chosen, gated, shipped, held_out, logits, checked, tuple(batches))

@@ -75,7 +75,7 @@ def fastest(
     """
     timed = []
     for threads in sorted({1, reference.threads}, reverse=True):
-        session = Session(compiled, device="cpu", threads=threads)
+        session = Session(compiled, device=reference.device, threads=threads)
         timed.append((timer(session, reference, feeds), session))
     return min(timed, key=lambda each: each[0].ratio)
 

@@ -8,6 +8,14 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """No test takes anything from the user's cache, or leaves anything there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def text_checkpoint(tmp_path_factory) -> Path:
     """A tiny BERT, every weight trained for two epochs on 900 real tweets."""

@@ -50,9 +50,7 @@ def clock(*ratios, ms=1.0):
     def timer(candidate, reference, feeds):
         alone = all(len(array) == 1 for array in feeds[0].values())
         ratio = remaining.pop(0) if alone else 1.0
-        return timing.Timing(
-            p50_ms=ratio * ms, reference_p50_ms=ms, ratio=ratio, ratio_lower=ratio, ratio_upper=ratio
-        )
+        return timing.Timing(p50_ms=ratio * ms, reference_p50_ms=ms, ratio=ratio, ratio_lower=ratio, ratio_upper=ratio)
 
     return timer
 
@@ -103,7 +101,12 @@ def tiny(kind, tasks=TASKS, count=40):
             case "words":
                 spec = WordsInput(column="text", segmenter="whitespace", lowercase=True, max_words=16, buckets=(8, 16))
                 rows = [random.integers(0, 50, n - 1) for n in lengths]
-                network = WordsNetwork(WordVectors(torch.randn(50, 16), "mean", (8,)), 8, columns, 0.0)
+                network = WordsNetwork(
+                    WordVectors(torch.randn(50, 16), "mean", (8,), Standardize(np.zeros(16), np.ones(16))),
+                    8,
+                    columns,
+                    0.0,
+                )
             case "vector":
                 spec = VectorInput(column="features", size=SIZE)
                 rows = list(random.normal(size=(count, SIZE)).astype(np.float32))

@@ -16,7 +16,7 @@ from bundle.manifest import to_json
 from bundle.model import load_model
 from bundle.session import Session
 from bundle.store import open_bundle
-from export import graph, quantize, search, timing
+from export import graph, quantize, source, timing
 from export.build import REPORT, ExportConfig, export_checkpoint
 from export.report import Report, render
 from finetune import evaluate
@@ -105,7 +105,7 @@ def test_goldens_show_every_label_and_both_formats(image_bundle, image_checkpoin
 )
 def test_fastest_that_passes_ships(ratios, shipped, image_checkpoint, tmp_path):
     """Of the variants within the budget the fastest ships, and fp32 when none is clearly faster."""
-    config = ExportConfig(image_checkpoint, out=tmp_path / "b", max_drop=30, threads=1)
+    config = ExportConfig(image_checkpoint, out=tmp_path / "b", max_drop=30, effort="fast", threads=1)
     result = export_checkpoint(config, timer=clock(*ratios))
 
     assert result.report.shipped == shipped
@@ -117,7 +117,7 @@ def test_fastest_that_passes_ships(ratios, shipped, image_checkpoint, tmp_path):
 
 def test_unproved_int8_gives_way_to_fp32(unproved_checkpoint, tmp_path):
     """What the selection split lets through but the gate does not pass is replaced, and the report says so."""
-    config = ExportConfig(unproved_checkpoint, out=tmp_path / "b", max_drop=10, threads=1)
+    config = ExportConfig(unproved_checkpoint, out=tmp_path / "b", max_drop=10, effort="fast", threads=1)
     result = export_checkpoint(config, timer=clock(1.0, 1.1, 0.5))
     outcomes = {one.name: one.outcome for one in result.report.candidates}
 
@@ -188,7 +188,7 @@ def test_calibration_uses_training_examples_only(image_checkpoint):
     """No held-out example has a say in the ranges of static int8."""
     checkpoint = load_checkpoint(image_checkpoint)
     dataset = load_dataset(checkpoint.splits.data, "image")
-    rows = search.calibration_rows(checkpoint, dataset, 50)
+    rows = source.calibration_rows(checkpoint, dataset, 50)
 
     assert len(rows) == 50
     assert {checkpoint.splits.assignment[dataset.hashes[i]] for i in rows.indices} == {"train"}
@@ -221,8 +221,8 @@ def test_other_data_is_refused(text_checkpoint, tmp_path):
 
 def test_moved_data_is_found_where_told(text_checkpoint, tmp_path):
     """The same examples in another place and another order are the same data."""
-    source = load_checkpoint(text_checkpoint).splits.data
-    header, *lines = Path(source).read_bytes().decode().split("\r\n")
+    here = load_checkpoint(text_checkpoint).splits.data
+    header, *lines = Path(here).read_bytes().decode().split("\r\n")
     (tmp_path / "moved.csv").write_text("\r\n".join([header, *sorted(lines)[1:]]), encoding="utf-8", newline="")
     config = ExportConfig(
         text_checkpoint, out=tmp_path / "b", data=str(tmp_path / "moved.csv"), variant="fp32", threads=1

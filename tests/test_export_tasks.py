@@ -1,18 +1,23 @@
 """Several tasks of mixed kinds, some labels missing, from a checkpoint to a served answer that is proved."""
 
 import json
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 from rich.console import Console
 
+from bundle import preprocess
 from bundle.errors import BundleError, DataError, GateFailed
 from bundle.manifest import Latency, to_json
 from bundle.model import load_model
+from bundle.session import Session
 from edgeward import bundles
-from export import gate, goldens, search
+from export import gate, goldens, search, source
 from export.build import REPORT, ExportConfig, export_checkpoint
+from export.ladder import DYNAMIC, FP32, REFIT, STATIC
+from export.memory import Memory
 from export.report import Report, render
 from finetune.checkpoint import load_checkpoint
 from finetune.data import load_dataset
@@ -29,10 +34,10 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(checkpoint, tmp_path_factory):
-    """The result of an export with every variant tried, int8-static-refit the fastest."""
+    """The result of an export with every variant tried, static int8 with one head or the other the fastest."""
     out = tmp_path_factory.mktemp("bundles") / "tasks"
-    config = ExportConfig(checkpoint, out=out, max_drop=5, refit_head=True, threads=1)
-    return export_checkpoint(config, timer=clock(1.0, 0.9, 0.5, 0.4))
+    config = ExportConfig(checkpoint, out=out, max_drop=5, refit_head=True, effort="fast", threads=1)
+    return export_checkpoint(config, timer=clock(1.0, 0.9, 0.5))
 
 
 def held_out(checkpoint):
@@ -88,7 +93,10 @@ def test_the_manifest_has_the_task_that_came_closest(exported):
 def test_provenance_repeats_the_command(exported, checkpoint):
     """Every option that was given or holds by default is in the manifest, as it would be typed."""
     command = exported.report.provenance.command
-    expected = "--version 1 --max-drop 5 --variant auto --calibration 200 --refit-head --threads 1"
+    expected = (
+        "--version 1 --max-drop 5 --confidence 0.95 --target auto --effort fast --optimize latency --variant auto "
+        "--calibration 200 --refit-head --threads 1"
+    )
     assert " ".join(command) == f"edgeward export {checkpoint} --out {exported.bundle} {expected}"
 
 
@@ -147,7 +155,7 @@ def test_one_task_has_bare_names(column, metric, tmp_path):
 
 def test_refit_recovers_what_int8_shifted(checkpoint):
     """When the backbone's rounding moves all features, the old head suffers and the new one does not."""
-    from export import graph, ranges, refit
+    from export import graph, quantize, refit
 
     loaded = load_checkpoint(checkpoint)
     dataset = load_dataset(
@@ -156,23 +164,23 @@ def test_refit_recovers_what_int8_shifted(checkpoint):
         input_column=loaded.splits.input_columns,
         label_column=loaded.splits.label_columns,
     )
-    calibration = list(search.calibration_rows(loaded, dataset, 200))
+    calibration = list(source.calibration_rows(loaded, dataset, 200))
     narrow = [row * np.float32(0.15) for row in calibration]  # ranges that real examples exceed: they are clipped
     spec, tasks = loaded.spec.input, loaded.spec.tasks
-    split = search.reference_split(loaded, dataset, "gate")
-    plain = ranges.int8_minmax(graph.to_onnx(loaded.network, spec, tasks, calibration), spec, narrow)
+    split = source.reference_split(loaded, dataset, "gate", Memory((), enabled=False))
+    plain = quantize.int8_minmax(graph.to_onnx(loaded.network, spec, tasks, calibration), spec, narrow)
     errors = []
     for compiled in (plain, refit.int8_static_refit(loaded, dataset, narrow)):
-        session = search.Session(compiled, device="cpu", threads=1)
-        logits = graph.joined(session.run(search.preprocess.collate(list(split.rows), spec)), tasks)
-        errors.append(search.gate.judge_tasks(tasks, split.targets, split.logits, logits, budget=0.05)[2])
+        session = Session(compiled, device="cpu", threads=1)
+        logits = graph.joined(session.run(preprocess.collate(list(split.rows), spec)), tasks)
+        errors.append(gate.judge_tasks(tasks, split.targets, split.logits, logits, budget=0.05)[2])
 
     plain_error, refitted = errors
     assert plain_error.verdict == "FAIL"
     assert refitted.drop < plain_error.drop / 2
 
 
-def test_a_split_without_a_task_is_an_error(checkpoint, tmp_path):
+def test_a_split_without_a_task_is_an_error(checkpoint):
     """Nothing can be said of a task whose labels are all missing from a held-out split."""
     loaded = load_checkpoint(checkpoint)
     dataset = load_dataset(
@@ -181,11 +189,10 @@ def test_a_split_without_a_task_is_an_error(checkpoint, tmp_path):
         input_column=loaded.splits.input_columns,
         label_column=loaded.splits.label_columns,
     )
-    gate = loaded.splits.indices(dataset, "gate")
-    dataset.targets[2].values[gate] = np.nan
-    options = {"variant": "auto", "refit_head": False, "budget": 0.01, "calibration": 10, "threads": 1}
+    held_out = loaded.splits.indices(dataset, "gate")
+    dataset.targets[2].values[held_out] = np.nan
     with pytest.raises(DataError, match="the gate split holds 0 examples with a known 'size'"):
-        search.search(loaded, dataset, **options, timer=clock())
+        source.check_known("gate", dataset.targets, held_out)
 
 
 def test_refitting_what_is_not_wanted_is_refused(checkpoint, tmp_path):
@@ -206,7 +213,7 @@ def test_goldens_show_every_answer():
     kinds[-2:] = 1
 
     def picked(*targets):
-        return goldens.pick(search.Split([], targets, np.zeros((n, 1)), np.arange(n)))
+        return goldens.pick(source.Split([], targets, np.zeros((n, 1)), np.arange(n)))
 
     size = Target("size", "regression", (), sizes)
     tag = Target("tags", "multilabel", ("x", "y"), tags)
@@ -220,18 +227,36 @@ def test_goldens_show_every_answer():
     assert {78, 79} & set(picked(kind, tag, size))
 
 
+def candidate(recipe, ratio, drop, count=400):
+    """A variant that changed so many of the answers of PyTorch, which were all right, for the worse."""
+    record = gate.judge(np.zeros(count), np.zeros(count), np.arange(count) < count * drop, budget=0.05)
+    latency = Latency(p50_ms=ratio, fp32_p50_ms=1.0, ratio=ratio, ratio_lower=ratio, ratio_upper=ratio, threads=1)
+    return search.Candidate(recipe, b"123", "cpu", True, 0, np.zeros((1, 1)), (record,), drop, latency)
+
+
 def test_of_two_heads_the_one_that_lost_more_does_not_compete():
-    """However much faster it was measured; where both lost the same, the clock decides."""
-
-    def candidate(name, ratio, drop):
-        record = gate.judge(np.zeros(100), np.zeros(100), np.arange(100) < 100 * drop, budget=0.05)
-        latency = Latency(p50_ms=ratio, fp32_p50_ms=1.0, ratio=ratio, ratio_upper=ratio, threads=1)
-        return search.Candidate(name, b"", None, True, latency, np.zeros((1, 1)), (record,))
-
-    fp32 = candidate("fp32", 1.0, 0)
+    """They run the same kernels; accuracy decides between them, and not the clock."""
+    config = ExportConfig(Path("checkpoint"), out=Path("bundle"))
     for (old, new), chosen in {(0.02, 0.01): "int8-static-refit", (0.01, 0.02): "int8-static"}.items():
-        tried = fp32, candidate("int8-static", 0.5, old), candidate("int8-static-refit", 0.5, new)
-        assert search.choose(tried).name == chosen
-    tied = fp32, candidate("int8-static", 0.5, 0.01), candidate("int8-static-refit", 0.4, 0.01)
-    assert search.choose(tied).name == "int8-static-refit"
-    assert search.outdone(tied) == []
+        tried = [candidate(FP32, 1.0, 0), candidate(STATIC, 0.5, old), candidate(REFIT, 0.5, new)]
+        assert search.choose(tried, config).name == chosen
+
+
+def test_the_fastest_that_would_pass_is_chosen():
+    """Before a faster one that is within the budget by its point estimate alone; where none would, the closest."""
+    config = ExportConfig(Path("checkpoint"), out=Path("bundle"))
+    fp32, unsure, sure = candidate(FP32, 1.0, 0), candidate(DYNAMIC, 0.3, 0.045), candidate(STATIC, 0.6, 0.01)
+    assert (unsure.within_budget, unsure.proved, sure.proved) == (True, False, True)
+    assert search.choose([fp32, unsure, sure], config) is sure
+    assert search.choose([fp32, unsure], config) is unsure
+    assert search.choose([fp32, candidate(DYNAMIC, 0.3, 0.06)], config) is fp32
+    assert search.choose([fp32, candidate(DYNAMIC, 0.98, 0)], config) is fp32
+
+
+def test_limits_of_time_and_size_bind():
+    """What is over --max-latency-ms or --max-size-mb is not chosen, however accurate it is."""
+    fp32, slow, fast = candidate(FP32, 1.0, 0), candidate(DYNAMIC, 0.6, 0), candidate(STATIC, 0.4, 0.02)
+    limits = {"checkpoint": Path("checkpoint"), "out": Path("bundle")}
+    assert search.choose([fp32, fast, slow], ExportConfig(**limits, max_latency_ms=0.5)) is fast
+    assert search.choose([fp32, slow], ExportConfig(**limits, max_latency_ms=0.5)) is fp32
+    assert not search.fits(slow, ExportConfig(**limits, max_size_mb=2e-6))

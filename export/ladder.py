@@ -1,0 +1,159 @@
+"""The candidates: ways to compile the fp32 graph, from what helps most often to what helps rarely."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from bundle.errors import ModelError
+from bundle.manifest import ImageInput, Input
+from export import half, quantize, ranges
+from export.config import Effort
+from export.ranges import Method, Statistics
+from export.source import Source
+
+Kind = Literal["fp32", "fp16", "dynamic", "static", "refit"]
+Device = Literal["cpu", "cuda", "tensorrt"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a candidate is made of the fp32 graph."""
+
+    kind: Kind
+    method: Method = "minmax"  # of the ranges of static int8
+    per_channel: bool = True
+    corrected: bool = False  # biases, for the mean error of int8
+    kept: tuple[str, ...] = ()  # nodes that stay in fp32
+
+    @property
+    def name(self) -> str:
+        """As it is called in reports, manifests and by --variant."""
+        match self.kind:
+            case "fp32" | "fp16":
+                return self.kind
+            case "dynamic":
+                parts = ["int8", "dynamic"]
+            case "refit":
+                parts = ["int8", "static", "refit"]
+            case "static":
+                parts = ["int8", "mixed" if self.kept else "static"]
+                parts += [] if self.per_channel else ["tensor"]
+                parts += [] if self.method == "minmax" else [self.method]
+                parts += ["corrected"] if self.corrected else []
+        return "-".join(parts)
+
+    @property
+    def words(self) -> str:
+        """How it is made, a clause."""
+        match self.kind:
+            case "fp32":
+                return "as it was trained, fused"
+            case "fp16":
+                return "half precision, but for what would overflow"
+            case "dynamic":
+                return "weights in int8 per channel, activations scaled at every run"
+            case "refit":
+                return "the backbone in static int8, the head fitted to it in fp32"
+            case "static":
+                weights = "channel" if self.per_channel else "tensor"
+                bias = ", biases corrected" if self.corrected else ""
+                kept = f", {len(self.kept)} nodes in fp32" if self.kept else ""
+                return f"weights in int8 per {weights}, activations in uint8 with {self.method} ranges{bias}{kept}"
+
+    @property
+    def kernels(self) -> tuple[str, bool, tuple[str, ...]]:
+        """What decides how fast it is: two recipes with the same run the same kernels on other numbers."""
+        return ("static" if self.kind == "refit" else self.kind, self.per_channel, self.kept)
+
+
+FP32, FP16, DYNAMIC, STATIC, REFIT = (Recipe(kind) for kind in ("fp32", "fp16", "dynamic", "static", "refit"))
+
+
+def ladder(spec: Input, effort: Effort, device: Device) -> tuple[Recipe, ...]:
+    """What is tried after fp32, in the order in which it is tried.
+
+    CUDA has no kernels for int8, and would copy every tensor to the CPU and back; x86 has none for fp16.
+    """
+    if device == "cuda":
+        return (FP16,)
+    if device == "tensorrt":
+        return (FP16, STATIC)
+    if effort == "fast":
+        return (DYNAMIC, STATIC)
+    more = [replace(STATIC, method="percentile")]
+    if effort == "thorough" or isinstance(spec, ImageInput):
+        more += [replace(STATIC, per_channel=False)]
+    return (DYNAMIC, STATIC, *more)
+
+
+def recipe_named(name: str, spec: Input, device: Device) -> Recipe:
+    """The recipe that --variant asks for.
+
+    Raises:
+        ModelError: there is none of this name.
+    """
+    known = {recipe.name: recipe for recipe in (FP32, REFIT, *ladder(spec, "thorough", device))}
+    if name not in known:
+        raise ModelError(f"there is no variant {name!r}. Choose one of: auto, {', '.join(known)}.")
+    return known[name]
+
+
+class Compiler:
+    """Makes candidates; what several of them need is computed once, and only when it is needed."""
+
+    def __init__(self, source: Source, *, signed: bool) -> None:
+        """Compute nothing yet.
+
+        Args:
+            source: what they are made of.
+            signed: whether activations become int8, as suits ARM, or uint8, as suits x86.
+        """
+        self._source, self._signed = source, signed
+
+    @cached_property
+    def prepared(self) -> bytes:
+        """The fp32 graph that static int8 starts from."""
+        return self._source.memory.blob("prepared", compute=lambda: quantize.prepared(self._source.graph))
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """What the calibration examples showed."""
+        return ranges.observe(self.prepared, self._source.spec, self._source.calibration)
+
+    def compile(self, recipe: Recipe, *, keep: bool = True) -> bytes:
+        """The graph of a recipe.
+
+        Args:
+            recipe: what to make.
+            keep: remember it for the next export.
+
+        Raises:
+            ModelError: it cannot be quantized in this way.
+        """
+        if not keep:
+            return self._make(recipe)
+        return self._source.memory.blob(recipe, self._signed, compute=lambda: self._make(recipe))
+
+    def _make(self, recipe: Recipe) -> bytes:
+        source = self._source
+        match recipe.kind:
+            case "fp32":
+                return source.graph
+            case "fp16":
+                return half.fp16(source.graph)
+            case "dynamic":
+                return quantize.int8_dynamic(source.graph)
+            case "refit":
+                if source.refit is None:
+                    raise ModelError("only the head of a checkpoint can be fitted again, not that of an ONNX model.")
+                return source.refit()
+            case "static":
+                compiled = quantize.int8_static(
+                    self.prepared,
+                    source.spec,
+                    ranges.ranges(self.statistics, recipe.method),
+                    per_channel=recipe.per_channel,
+                    signed=self._signed,
+                    kept=recipe.kept,
+                )
+                return compiled
