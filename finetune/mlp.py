@@ -6,7 +6,7 @@ from torch import nn
 from bundle.manifest import VectorInput
 from finetune.config import TrainConfig
 from finetune.data import Dataset
-from finetune.model import MlpModel, Standardize, dense
+from finetune.model import MlpModel, Standardize, dense, moments
 from finetune.pretrained import Pretrained
 
 COLUMN = "features"  # of vectors that were several columns of a table
@@ -21,7 +21,7 @@ def open_model(config: TrainConfig, dataset: Dataset, train: np.ndarray) -> Pret
         train: int64 positions of the train split.
     """
     vectors = np.stack([np.frombuffer(dataset.raw(int(position)), dtype="<f4") for position in train])
-    mean, std = _moments(vectors)
+    mean, std = moments(vectors)
     size = vectors.shape[1]
     spec = MlpModel(size=size, widths=config.widths)
     column = dataset.input_columns[0] if len(dataset.input_columns) == 1 else COLUMN
@@ -41,14 +41,3 @@ def _backbone(spec: MlpModel, mean: np.ndarray, std: np.ndarray) -> nn.Module:
 
 def _width(spec: MlpModel) -> int:
     return (spec.size, *spec.widths)[-1]
-
-
-def _moments(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard deviations float64 (size,).
-
-    A number that is the same in every example, as far as float32 can tell, gets the standard deviation 1 and becomes 0.
-    """
-    mean = vectors.mean(axis=0, dtype=np.float64)
-    std = vectors.std(axis=0, dtype=np.float64)
-    constant = std <= np.maximum(np.finfo(np.float32).eps * np.abs(mean), np.finfo(np.float32).tiny)
-    return mean, np.where(constant, 1.0, std)

@@ -56,7 +56,7 @@ class MlpModel(Record, frozen=True, kw_only=True, tag="mlp", tag_field="source")
 
 
 class VectorsModel(Record, frozen=True, kw_only=True, tag="vectors", tag_field="source"):
-    """Word vectors that stay as they are, pooled to one vector, and dense layers on it."""
+    """Word vectors that stay as they are, pooled to one standardised vector, and dense layers on it."""
 
     name: str  # the file, as it was given; never read again
     words: int  # rows of the table, in the order of vocabulary.txt
@@ -162,29 +162,60 @@ class ImageNetwork(Network):
         return logits
 
 
+class Standardize(nn.Module):
+    """(x - mean) / std, number by number; buffers, so that nothing trains them."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: np.ndarray, std: np.ndarray) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.from_numpy(mean.astype(np.float32)))
+        self.register_buffer("std", torch.from_numpy(std.astype(np.float32)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Float32 (N, D) -> float32 (N, D)."""
+        return (features - self.mean) / self.std
+
+
+def moments(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard deviations float64 (size,).
+
+    A number that is the same in every example, as far as float32 can tell, gets the standard deviation 1 and becomes 0.
+    """
+    mean = vectors.mean(axis=0, dtype=np.float64)
+    std = vectors.std(axis=0, dtype=np.float64)
+    constant = std <= np.maximum(np.finfo(np.float32).eps * np.abs(mean), np.finfo(np.float32).tiny)
+    return mean, np.where(constant, 1.0, std)
+
+
 class WordVectors(nn.Module):
-    """A table of word vectors, the mean or sum of a text's, and dense layers on it.
+    """A table of word vectors, the mean or sum of a text's, standardised, and dense layers on it.
 
     Attributes:
         table: float32 (words, size); a buffer, so that nothing trains it.
+        standardize: of the pooled vector.
         layers: the hidden ones.
     """
 
     table: Tensor
 
-    def __init__(self, table: Tensor, pooling: Literal["mean", "sum"], widths: Sequence[int]) -> None:
+    def __init__(
+        self, table: Tensor, pooling: Literal["mean", "sum"], widths: Sequence[int], standardize: Standardize
+    ) -> None:
         super().__init__()
         self.register_buffer("table", table)
         self.pooling = pooling
+        self.standardize = standardize
         self.layers = nn.Sequential(*dense(table.shape[1], widths))
 
     def forward(self, word_ids: Tensor, word_mask: Tensor) -> Tensor:
-        """Features float32 (N, D) of int64 (N, length); a text without a known word is the zero vector."""
+        """Features float32 (N, D) of int64 (N, length); a text without a known word is pooled to the zero vector."""
         mask = word_mask.unsqueeze(-1).to(self.table.dtype)
         pooled = (nn.functional.embedding(word_ids, self.table) * mask).sum(dim=1)
         if self.pooling == "mean":
             pooled = pooled / mask.sum(dim=1).clamp(min=1.0)
-        features: Tensor = self.layers(pooled)
+        features: Tensor = self.layers(self.standardize(pooled))
         return features
 
 
@@ -205,22 +236,6 @@ class WordsNetwork(Network):
         """Logits float32 (N, C); see features for the arguments."""
         logits: Tensor = self.head(self.dropout(self.features(word_ids, word_mask)))
         return logits
-
-
-class Standardize(nn.Module):
-    """(x - mean) / std, number by number; buffers, so that nothing trains them."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: np.ndarray, std: np.ndarray) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.from_numpy(mean.astype(np.float32)))
-        self.register_buffer("std", torch.from_numpy(std.astype(np.float32)))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Float32 (N, D) -> float32 (N, D)."""
-        return (features - self.mean) / self.std
 
 
 class VectorNetwork(Network):

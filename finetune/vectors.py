@@ -1,9 +1,10 @@
-"""`vectors:FILE`: pretrained word vectors, their mean or sum, and dense layers on it."""
+"""`vectors:FILE`: pretrained word vectors, their mean or sum, standardised, and dense layers on it."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import structlog
@@ -12,10 +13,11 @@ from torch import nn
 
 from bundle.errors import BundleDamaged, MissingExtra, ModelError
 from bundle.manifest import WordsInput
+from bundle.preprocess import Encode, encoder
 from bundle.words import DICTIONARY, VOCABULARY, segmenter
 from finetune.config import TrainConfig
 from finetune.data import Dataset
-from finetune.model import VectorsModel, WordVectors
+from finetune.model import Standardize, VectorsModel, WordVectors, moments
 from finetune.pretrained import Pretrained, buckets
 from finetune.vector_files import read_vectors
 
@@ -65,7 +67,8 @@ def open_model(name: str, config: TrainConfig, dataset: Dataset, train: np.ndarr
         pooling="sum" if config.pooling == "sum" else "mean",
         widths=config.widths,
     )
-    backbone = WordVectors(torch.from_numpy(table), model.pooling, model.widths)
+    pooled = pool(dataset, train, encoder(spec, files.__getitem__), table, model.pooling)
+    backbone = WordVectors(torch.from_numpy(table), model.pooling, model.widths, Standardize(*moments(pooled)))
     return Pretrained(model, spec, backbone, _width(model), files, facts)
 
 
@@ -78,7 +81,8 @@ def rebuild(spec: VectorsModel, read: Callable[[str], bytes]) -> tuple[nn.Module
     words = read(VOCABULARY).count(b"\n")
     if words != spec.words:
         raise ModelError(f"{VOCABULARY} has {words} lines, and the table of vectors {spec.words} rows.")
-    return WordVectors(torch.zeros(spec.words, spec.size), spec.pooling, spec.widths), _width(spec)
+    standardize = Standardize(np.zeros(spec.size), np.ones(spec.size))
+    return WordVectors(torch.zeros(spec.words, spec.size), spec.pooling, spec.widths, standardize), _width(spec)
 
 
 def count_words(dataset: Dataset, positions: np.ndarray, segment: Callable[[str], list[str]]) -> Counts:
@@ -87,6 +91,15 @@ def count_words(dataset: Dataset, positions: np.ndarray, segment: Callable[[str]
     for position in positions:
         counts.update(segment(dataset.raw(int(position)).decode()))
     return counts
+
+
+def pool(
+    dataset: Dataset, positions: np.ndarray, encode: Encode, table: np.ndarray, pooling: Literal["mean", "sum"]
+) -> np.ndarray:
+    """The vectors float32 (N, size) of some texts, int64 positions (N,), before they are standardised."""
+    rows = [encode(dataset.raw(int(position))) for position in positions]
+    lengths = [max(len(row), 1) if pooling == "mean" else 1 for row in rows]
+    return np.stack([table[row].sum(axis=0) / length for row, length in zip(rows, lengths, strict=True)])
 
 
 def unknown_rates(counts: Counts, vocabulary: Iterable[str]) -> dict[str, float]:

@@ -234,13 +234,13 @@ def test_words_network_exports_as_it_is(tmp_path, pooling):
     for some in (slice(0, 1), slice(0, 8), slice(7, 8), slice(2, 5)):
         got = session.run(collate(rows[some], pretrained.input))["logits"]
         np.testing.assert_allclose(got, expected[some], atol=1e-5)
-    vectors = table(words)[rows[0]]
-    pooled = vectors.mean(axis=0) if pooling == "mean" else vectors.sum(axis=0)
-    layer = network.backbone.layers[0]
-    hidden = torch.relu(layer(torch.from_numpy(pooled))).detach().numpy()
-    np.testing.assert_allclose(evaluate.features(network, rows[:1], pretrained.input)[0], hidden, atol=1e-5)
-    none = evaluate.features(network, rows[7:], pretrained.input)[0]
-    np.testing.assert_allclose(none, torch.relu(layer.bias).detach().numpy(), atol=1e-6)
+    pool = np.mean if pooling == "mean" else np.sum
+    pooled = np.stack([pool(table(words)[encode(text)], axis=0) for text in texts])
+    standardised = np.stack([pooled[0], np.zeros(SIZE, np.float32)])  # the first text, and the one of no known word
+    standardised = (standardised - pooled.mean(axis=0)) / pooled.std(axis=0)
+    hidden = torch.relu(network.backbone.layers[0](torch.from_numpy(standardised))).detach().numpy()
+    found = evaluate.features(network, [rows[0], rows[7]], pretrained.input)
+    np.testing.assert_allclose(found, hidden, atol=1e-5)
 
 
 def test_vocabulary_is_the_train_splits_and_the_most_frequent(tmp_path):
@@ -271,7 +271,19 @@ def test_the_table_never_trains(tmp_path):
     assert [name for name, _ in network.named_parameters()] == [
         "backbone.layers.0.weight", "backbone.layers.0.bias", "head.weight", "head.bias",
     ]  # fmt: skip
-    assert "backbone.table" in network.state_dict()
+    assert {"backbone.table", "backbone.standardize.mean", "backbone.standardize.std"} <= set(network.state_dict())
+
+
+def test_a_text_without_a_known_word_counts_as_the_zero_vector(tmp_path):
+    """It is pooled to zeros, which the standardisation counts in; what is constant keeps the standard deviation 1."""
+    path = write_file(tmp_path, "glove.txt")
+    standardize = load(f"vectors:{path}", dataset_of([b"good", b"zzzzz"])).backbone.standardize
+    alone = load(f"vectors:{path}", dataset_of([b"good", b"good"])).backbone.standardize
+    good = table()[2]
+
+    np.testing.assert_allclose(standardize.mean.numpy(), good / 2, atol=1e-7)
+    np.testing.assert_allclose(standardize.std.numpy(), np.abs(good) / 2, atol=1e-7)
+    np.testing.assert_allclose(alone.std.numpy(), np.ones(SIZE), atol=0)
 
 
 @pytest.mark.parametrize("segmenter", ["whitespace", "jieba"])
