@@ -41,7 +41,7 @@ def resolve(name: TargetName) -> Target:
     """
     if name == "auto":
         try:
-            target = _gpu("cuda")
+            target = _probed("cuda")
         except DeviceUnavailable as error:
             target = _cpu()
             log.info("target chosen", device="cpu", isa=target.isa, because=str(error))
@@ -49,7 +49,10 @@ def resolve(name: TargetName) -> Target:
             log.info("target chosen", device=target.device, isa=target.isa)
         return target
     if name in ("cuda", "tensorrt"):
-        return _gpu(name)
+        try:
+            return _probed(name)
+        except DeviceUnavailable as error:
+            raise DeviceUnavailable(f"--target {name} is not this machine: {error} {REMEDY}") from error
     return _checked(name, _cpu())
 
 
@@ -74,15 +77,12 @@ def _checked(name: TargetName, target: Target) -> Target:
     return target
 
 
-def _gpu(device: Literal["cuda", "tensorrt"]) -> Target:
+def _probed(device: Literal["cuda", "tensorrt"]) -> Target:
     """Runs a graph there: a provider that is installed need not work."""
     node = helper.make_node("MatMul", ["x", "x"], ["y"])
     inputs, outputs = ([helper.make_tensor_value_info(each, TensorProto.FLOAT, [2, 2])] for each in "xy")
     model = helper.make_model(
         helper.make_graph([node], "probe", inputs, outputs), opset_imports=[helper.make_opsetid("", 18)], ir_version=10
     )
-    try:
-        Session(model.SerializeToString(), device=device).run({"x": np.eye(2, dtype=np.float32)})
-    except DeviceUnavailable as error:
-        raise DeviceUnavailable(f"--target {device} is not this machine: {error} {REMEDY}") from error
+    Session(model.SerializeToString(), device=device).run({"x": np.eye(2, dtype=np.float32)})
     return Target(device, machine_class(device), signed=True)
