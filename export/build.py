@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bundle import metrics, store
+from bundle import metrics, preprocess, store
 from bundle.errors import BundleError, GateFailed, OutputExists
 from bundle.host import cpu_name, installed_versions
 from bundle.manifest import (
@@ -22,7 +22,9 @@ from bundle.manifest import (
     to_json,
 )
 from export import fidelity, gate, goldens, report, timing
+from export.add import add_variant, check_same_model
 from export.config import ExportConfig as ExportConfig
+from export.examples import read_examples
 from export.ladder import REFIT
 from export.report import Outcome
 from export.search import Candidate, Findings, fits, is_faster, search, speed
@@ -57,13 +59,21 @@ def export_checkpoint(config: ExportConfig, *, timer: timing.Timer = timing.inte
     """
     name = _check(config)
     target = resolve(config.target)
+    present = None if config.add_to is None else store.open_bundle(config.add_to)
     source = open_source(config)
+    if present is not None:
+        check_same_model(present, source.spec, source.tasks, source.sha256)
+    shown = _goldens(config, source)
     findings = search(source, config, target, timer)
     described = _report(config, name, source, findings)
     if config.report is not None:
         _write_report(config.report, described, source)
     _refuse(config, findings)
-    _write_bundle(config, target, source, findings, described)
+    variant = _variant(target, source, findings)
+    if present is not None:
+        _add(present, config, variant, findings, described)
+    else:
+        _write_bundle(config, source, variant, findings, described, shown)
     return ExportResult(config.out, described)
 
 
@@ -290,26 +300,58 @@ def _write_report(path: Path, described: report.Report, source: Source) -> None:
     path.write_bytes(to_json(described))
 
 
-def _write_bundle(
-    config: ExportConfig, target: Target, source: Source, findings: Findings, described: report.Report
-) -> None:
+def _goldens(config: ExportConfig, source: Source) -> list[bytes]:
+    """The raw examples that will travel in the bundle."""
+    if config.goldens is None:
+        return goldens.examples(source)
+    encode = preprocess.encoder(source.spec, source.files.__getitem__)
+    return read_examples(config.goldens, source.spec, encode)
+
+
+def _variant(target: Target, source: Source, findings: Findings) -> Variant:
+    """What the manifest says of the one that ships."""
     shipped = findings.shipped
     assert shipped.latency is not None
-    spread = float(np.std(findings.held_out.logits))
-    worst = gate.closest(findings.gated) if findings.gated and shipped is findings.chosen else None
-    variant = Variant(
+    return Variant(
         name=shipped.name,
         file=f"model.{shipped.name}.onnx",
         precision=shipped.precision,
         device=target.device,
         isa=target.isa,
         batch_invariant=shipped.batch_invariant,
-        tolerance=goldens.TOLERANCE[shipped.precision] * spread,
+        tolerance=goldens.TOLERANCE[shipped.precision] * float(np.std(findings.held_out.logits)),
         parity=source.parity.served,
-        gate=worst,
+        gate=gate.closest(findings.gated) if findings.gated and shipped is findings.chosen else None,
         latency=shipped.latency,
-        rows_per_s=max(batch.rows_per_s for batch in findings.batches),
+        rows_per_s=findings.batches[-1].rows_per_s,
     )
+
+
+def _add(
+    present: store.Bundle, config: ExportConfig, variant: Variant, findings: Findings, described: report.Report
+) -> None:
+    """Write a copy of a bundle with one more variant."""
+    shipped = findings.shipped
+    add_variant(
+        present,
+        variant,
+        shipped.graph,
+        shipped.session,
+        report=to_json(described),
+        built=described.provenance,
+        out=config.out,
+    )
+
+
+def _write_bundle(
+    config: ExportConfig,
+    source: Source,
+    variant: Variant,
+    findings: Findings,
+    described: report.Report,
+    shown: Sequence[bytes],
+) -> None:
+    shipped = findings.shipped
     with store.new_directory(config.out) as folder:
         (folder / variant.file).write_bytes(shipped.graph)
         (folder / REPORT).write_bytes(to_json(described))
@@ -323,9 +365,7 @@ def _write_bundle(
             input=source.spec,
             tasks=source.tasks,
             variants=(variant,),
-            goldens=goldens.write(
-                folder, source.spec, source.files, goldens.examples(source), {shipped.name: shipped.session}
-            ),
+            goldens=goldens.write(folder, source.spec, source.files, shown, {shipped.name: shipped.session}),
             provenance=described.provenance,
             files={},
         )

@@ -148,7 +148,7 @@ class Compiler:
                     raise ModelError("only the head of a checkpoint can be fitted again, not that of an ONNX model.")
                 return source.refit()
             case "static":
-                compiled = quantize.int8_static(
+                return quantize.int8_static(
                     self.prepared,
                     source.spec,
                     ranges.ranges(self.statistics, recipe.method),
@@ -156,4 +156,3 @@ class Compiler:
                     signed=self._signed,
                     kept=recipe.kept,
                 )
-                return compiled
