@@ -105,7 +105,8 @@ def certifiable(
 ) -> tuple[float | None, ...]:
     """For each task the smallest drop that these examples can rule out, known before any candidate is.
 
-    It is the upper bound of a candidate that answers all of them as PyTorch does. A budget below it cannot be passed.
+    It is the upper bound of a candidate that answers all of them as PyTorch does. Within a budget below it none can be
+    proved but one that is better than PyTorch.
     None for an error (rmse, mae): what one unseen example could add to it has no limit, so that there is no smallest.
 
     See judge_tasks for the arguments.
@@ -243,14 +244,12 @@ def _comparison(metric: str, task: Task, truth: np.ndarray, reference: np.ndarra
     answers = [predictions(task, logits) for logits in (reference, candidate)]
     if isinstance(task, Regression):
         return compare_values(metric, truth, *answers)
-    rows = label_rows(task, truth)
+    rows, exclusive = label_rows(task, truth), isinstance(task, Multiclass)
     if metric == "auroc":
         _check_ranked(task, rows)
-        score = outputs.softmax if isinstance(task, Multiclass) else outputs.sigmoid
-        return compare_scores(rows, score(reference), score(candidate))
-    return compare_labels(
-        metric, rows, *(label_rows(task, labels) for labels in answers), exclusive=isinstance(task, Multiclass)
-    )
+        score = outputs.softmax if exclusive else outputs.sigmoid
+        return compare_scores(rows, score(reference), score(candidate), exclusive=exclusive)
+    return compare_labels(metric, rows, *(label_rows(task, labels) for labels in answers), exclusive=exclusive)
 
 
 def _check_ranked(task: Multiclass | Multilabel, truth: np.ndarray) -> None:

@@ -6,7 +6,7 @@ of weights, how often each distinct example was drawn; all metrics here are exac
 
 A bootstrap knows no damage that it has not seen: of a candidate that changed no answer it would prove a drop of zero.
 So the upper bound of a classification metric is drawn from the examples and one more, that the reference got right and
-the candidate lost, in the label where that costs the metric most. For a plain count of losses this is the exact bound
+the candidate lost, where that costs the metric most (see lost_examples). For a plain count of losses this is the exact bound
 of Clopper and Pearson, up to the difference of binomial and Poisson: after k losses it too takes the percentile of
 k + 1 (of none in n, 3 / n). A label with few examples thus cannot be certified closely, by macro averages least of all.
 Simulated at a true drop equal to the budget, with 50 to 4,000 examples, damage in all labels or in the rarest one, at
@@ -21,7 +21,7 @@ import numpy as np
 
 RESAMPLES = 10_000
 RANKED_RESAMPLES = 2_000  # of ranks, which cost more to draw again; the level is then known to 0.5%
-NUMBERS = 2_000_000  # at a time
+NUMBERS = 250_000  # at a time: what a core's cache holds
 
 Weights = np.ndarray
 Pair = tuple[np.ndarray, np.ndarray]
@@ -117,7 +117,7 @@ def compare_labels(
         exclusive: just one label of each row holds.
     """
     distinct, counts = np.unique(np.concatenate([truth, reference, candidate], axis=1), axis=0, return_counts=True)
-    right, wrong = lost_examples(truth)
+    right, wrong = lost_examples(truth, exclusive)
     rows = np.concatenate([distinct, np.concatenate([right, right, wrong], axis=1)]).astype(np.float64)
     true, before, after = np.split(rows, 3, axis=1)
     average = _AVERAGES[metric] if exclusive or metric != "macro_f1" else partial(_macro_f1, every=True)
@@ -130,19 +130,21 @@ def compare_labels(
     return Comparison(np.concatenate([counts, np.zeros(len(right), np.int64)]), measure, RESAMPLES)
 
 
-def lost_examples(truth: np.ndarray) -> Pair:
+def lost_examples(truth: np.ndarray, exclusive: bool) -> Pair:
     """Examples that might be lost: the true labels bool (L, C), and what a candidate would say instead.
 
-    One for each label, taken for the rarest other one, and for the rarest label, taken for each of the others.
+    Of single labels one for each, taken for the rarest other one, and for the rarest, taken for each of the others. Of
+    sets one for each label, of which nothing is right: the candidate says all other labels instead.
     """
-    support, labels = truth.sum(axis=0), np.arange(truth.shape[1])
-    present = labels[support > 0]
+    support, one = truth.sum(axis=0), np.eye(truth.shape[1], dtype=bool)
+    present = np.flatnonzero(support)
+    if not exclusive or truth.shape[1] == 1:
+        return one[present], ~one[present]
     ordered = present[np.argsort(support[present], kind="stable")]
-    others = ordered if len(ordered) > 1 else np.append(ordered, labels[support == 0][:1])
-    pairs = [(c, others[others != c][:1]) for c in ordered] + [(ordered[0], d) for d in others[2:]]
-    one = np.eye(truth.shape[1], dtype=bool)
-    wrong = [one[d].reshape(-1, truth.shape[1]).any(axis=0) for _, d in pairs]
-    return one[[c for c, _ in pairs]], np.reshape(wrong, (len(pairs), truth.shape[1])).astype(bool)
+    others = ordered if len(ordered) > 1 else np.append(ordered, np.flatnonzero(support == 0)[:1])
+    pairs = [(c, others[1] if c == others[0] else others[0]) for c in ordered] + [(others[0], d) for d in others[2:]]
+    right, wrong = np.transpose(pairs)
+    return one[right], one[wrong]
 
 
 def _balanced_accuracy(hits: np.ndarray, support: np.ndarray, said: np.ndarray) -> np.ndarray:
@@ -179,7 +181,7 @@ def _mean(part: np.ndarray, whole: np.ndarray, counted: np.ndarray) -> np.ndarra
     return _ratio((_ratio(part, whole) * counted).sum(axis=1), counted.sum(axis=1).astype(np.float64))
 
 
-def compare_scores(truth: np.ndarray, reference: np.ndarray, candidate: np.ndarray) -> Comparison:
+def compare_scores(truth: np.ndarray, reference: np.ndarray, candidate: np.ndarray, *, exclusive: bool) -> Comparison:
     """Compare scores by the area under the ROC curve, the mean over each label against the rest.
 
     A label that all examples of a resample have, or none, is left out of that resample's mean.
@@ -188,8 +190,9 @@ def compare_scores(truth: np.ndarray, reference: np.ndarray, candidate: np.ndarr
         truth: bool (N, C); each label holds for some of the examples, and not for all.
         reference: scores float (N, C) in PyTorch.
         candidate: scores of the compiled model.
+        exclusive: just one label of each row holds.
     """
-    right, wrong = lost_examples(truth)
+    right, wrong = lost_examples(truth, exclusive)
     true = np.concatenate([truth, right])
     before, after = (
         np.concatenate([scores, np.where(said, np.inf, -np.inf)])
