@@ -443,6 +443,18 @@ def test_int8_from_elsewhere_is_held_to_its_golden_examples(text):
     assert logs == []
 
 
+def test_failed_self_test_leads_to_no_other_variant(text):
+    """What was to be served does not work here: that is an error, though another variant would have started."""
+    sealed = open_bundle(text).manifest
+    both = variants(text, {"name": "int8", "precision": "int8", "isa": isa_class()}, {})
+    wrong = {"int8": {"logits": (9.0, 9.0, 9.0)}}
+    moved = tuple(msgspec.structs.replace(each, logits=each.logits | wrong) for each in sealed.goldens)
+    reseal(text, variants=both, goldens=moved)
+
+    with pytest.raises(SelfTestFailed, match="variant int8"):
+        load_model(text)
+
+
 @pytest.mark.skipif(CUDA, reason="a GPU works here")
 def test_devices_are_tried_in_turn():
     """Left to choose, the first of TensorRT, CUDA and the CPU that works is taken; the log says what was not."""
