@@ -18,7 +18,7 @@ demo-digits: venv  ## an ImageNet EfficientNet-Lite0, handwritten digits: the sa
 	$(BIN)/python examples/demo.py digits --out demo
 
 examples: venv  ## the tutorials (docs/tutorials.md), each from data to a served answer beside a baseline
-	rm -rf demo/cifar10 demo/last_layers demo/dense demo/bert demo/word_vectors
+	rm -rf demo/cifar10 demo/last_layers demo/dense demo/bert demo/word_vectors demo/own_onnx
 	$(BIN)/python examples/cifar10.py
 	$(BIN)/python examples/last_layers.py multiclass
 	$(BIN)/python examples/last_layers.py multilabel
@@ -28,6 +28,7 @@ examples: venv  ## the tutorials (docs/tutorials.md), each from data to a served
 	$(BIN)/python examples/bert.py --pair
 	$(BIN)/python examples/word_vectors.py chinese
 	$(BIN)/python examples/word_vectors.py english
+	$(BIN)/python examples/own_onnx.py
 
 test: venv  ## the tests
 	$(BIN)/pytest -q
