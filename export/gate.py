@@ -14,7 +14,6 @@ import numpy as np
 from bundle import outputs
 from bundle.errors import DataError
 from bundle.manifest import GateRecord, Multiclass, Multilabel, Regression, Task, Verdict
-from export.proportions import best_certifiable as best_certifiable
 from export.proportions import drop_bounds, examples_needed, fraction_upper
 from export.resampling import Bounds, Comparison, bounds, compare_labels, compare_scores, compare_values
 from finetune.evaluate import predictions

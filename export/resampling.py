@@ -6,11 +6,11 @@ of weights, how often each distinct example was drawn; all metrics here are exac
 
 A bootstrap knows no damage that it has not seen: of a candidate that changed no answer it would prove a drop of zero.
 So the upper bound of a classification metric is drawn from the examples and one more, that the reference got right and
-the candidate lost, where that costs the metric most (see lost_examples). For a plain count of losses this is the exact bound
-of Clopper and Pearson, up to the difference of binomial and Poisson: after k losses it too takes the percentile of
-k + 1 (of none in n, 3 / n). A label with few examples thus cannot be certified closely, by macro averages least of all.
+the candidate lost, where that costs the metric most (see lost_examples). For a plain count of losses this is the exact
+bound of Clopper and Pearson, up to the difference of binomial and Poisson: after k losses it too takes the percentile
+of k + 1 (of none in n, 3 / n). A label with few examples thus cannot be certified closely, by macro averages least.
 Simulated at a true drop equal to the budget, with 50 to 4,000 examples, damage in all labels or in the rarest one, at
-most one of twenty models passes; by the plain percentiles it was up to one of two.
+most one of twenty models passes; by the plain percentiles it was up to two of three.
 """
 
 from collections.abc import Callable

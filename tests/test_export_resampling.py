@@ -9,6 +9,7 @@ from bundle import metrics, outputs
 from bundle.errors import DataError
 from bundle.manifest import Multiclass, Multilabel, Regression
 from export import gate, resampling
+from export.proportions import best_certifiable
 from finetune.target import Target
 
 NUMBER = Regression(name="size", mean=0.0, std=1.0)
@@ -183,9 +184,9 @@ def test_certifiable_of_other_metrics():
     tasks = (classes(2), NUMBER)
     targets = (Target("kind", "multiclass", ("a", "b"), truth), Target("size", "regression", (), np.ones(n)))
     logits = np.concatenate([logits_of(truth, 2), np.zeros((n, 1), np.float32)], axis=1)
-    assert gate.certifiable(tasks, targets, logits) == (pytest.approx(gate.best_certifiable(n)), None)
+    assert gate.certifiable(tasks, targets, logits) == (pytest.approx(best_certifiable(n)), None)
     assert gate.certifiable(tasks, targets, logits, metric="mae", confidence=0.99) == (
-        pytest.approx(gate.best_certifiable(n, 0.99)),
+        pytest.approx(best_certifiable(n, 0.99)),
         None,
     )
 
