@@ -1,37 +1,23 @@
 """Checkpoint, or any ONNX model -> bundle: the stage as one function, from ExportConfig to ExportResult."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from bundle import metrics, preprocess, store
+from bundle import preprocess, store
 from bundle.errors import BundleError, GateFailed, OutputExists
-from bundle.host import cpu_name, installed_versions
-from bundle.manifest import (
-    FORMAT_VERSION,
-    GateRecord,
-    Manifest,
-    Multiclass,
-    Provenance,
-    Regression,
-    Task,
-    Variant,
-    to_json,
-)
-from export import fidelity, gate, goldens, report, timing
+from bundle.manifest import FORMAT_VERSION, GateRecord, Manifest, Variant, to_json
+from export import gate, goldens, report, timing
 from export.add import add_variant, check_same_model
 from export.config import ExportConfig as ExportConfig
+from export.describe import describe
 from export.examples import read_examples
 from export.ladder import REFIT
-from export.report import Outcome
-from export.search import Candidate, Findings, fits, is_faster, search, speed
-from export.source import PACKAGES, Source, Split, open_source
+from export.search import Findings, fits, search
+from export.source import Source, open_source
 from export.target import Target, resolve
-from finetune.evaluate import predictions
-from finetune.target import columns
 
 REPORT = "report.json"
 PAGE = "report.html"
@@ -65,7 +51,7 @@ def export_checkpoint(config: ExportConfig, *, timer: timing.Timer = timing.inte
         check_same_model(present, source.spec, source.tasks, source.sha256)
     shown = _goldens(config, source)
     findings = search(source, config, target, timer)
-    described = _report(config, name, source, findings)
+    described = describe(config, name, source, findings)
     if config.report is not None:
         _write_report(config.report, described, source)
     _refuse(config, findings)
@@ -129,171 +115,6 @@ def _refusal(variant: str, record: GateRecord) -> str:
         f"{record.metric.replace('_', ' ')} went from {record.reference:.4g} to {record.served:.4g}.{more} "
         "No bundle was written. Try --variant auto."
     )
-
-
-def _report(config: ExportConfig, name: str, source: Source, findings: Findings) -> report.Report:
-    tasks, held_out, shipped = source.tasks, findings.held_out, findings.shipped
-    comparison = gate.judge_tasks(
-        tasks,
-        held_out.targets,
-        held_out.logits,
-        findings.logits,
-        budget=config.max_drop / 100,
-        confidence=config.confidence,
-        metric=config.metric,
-    )
-    return report.Report(
-        format_version=report.FORMAT_VERSION,
-        name=name,
-        version=config.version,
-        shipped=shipped.name,
-        budget=config.max_drop / 100,
-        confidence=config.confidence,
-        optimize=config.optimize,
-        certifiable=_certifiable(config, source, held_out, comparison),
-        examples={
-            "calibration": len(source.calibration),
-            "selection": len(source.selection),
-            "gate": len(held_out),
-        },
-        parity=source.parity,
-        fusions={},
-        candidates=(
-            *(_candidate(one, config, source, findings) for one in findings.candidates),
-            *(report.failed(one.name, one.words, because) for one, because in findings.failed.items()),
-        ),
-        gate=findings.gated,
-        pytorch=report.scores(tasks, held_out.logits, held_out.targets),
-        served=report.scores(tasks, findings.logits, held_out.targets),
-        comparison=comparison,
-        fidelity=fidelity.compare(tasks, held_out.targets, held_out.logits, findings.logits),
-        robustness=findings.robustness,
-        batches=findings.batches,
-        confusion=_confusion(tasks, held_out, findings.logits),
-        flips=_flips(tasks, held_out, findings.logits),
-        provenance=_provenance(config, source),
-    )
-
-
-def _certifiable(
-    config: ExportConfig, source: Source, held_out: Split, comparison: Sequence[GateRecord]
-) -> dict[str, float]:
-    least = gate.certifiable(
-        source.tasks, held_out.targets, held_out.logits, confidence=config.confidence, metric=config.metric
-    )
-    keys = [report.key(record) for record in comparison]
-    return {key: drop for key, drop in zip(keys, least, strict=True) if drop is not None}
-
-
-def _candidate(one: Candidate, config: ExportConfig, source: Source, findings: Findings) -> report.Candidate:
-    outcome, because = _outcome(one, config, findings)
-    return report.Candidate(
-        name=one.name,
-        recipe=one.recipe.words,
-        bytes=len(one.graph),
-        batch_invariant=one.batch_invariant,
-        latency=one.latency,
-        rows_per_s=one.throughput.rows_per_s if one.throughput else None,
-        selection=report.scores(source.tasks, one.logits, source.selection.targets),
-        selection_drop={report.key(record): record.drop for record in one.selection},
-        selection_drop_interval={
-            report.key(record): (record.drop_lower or 0.0, record.drop_upper) for record in one.selection
-        },
-        fidelity=fidelity.compare(source.tasks, source.selection.targets, source.selection.logits, one.logits),
-        leftovers=one.leftovers,
-        kept=one.kept,
-        outcome=outcome,
-        because=because,
-    )
-
-
-def _outcome(one: Candidate, config: ExportConfig, findings: Findings) -> tuple[Outcome, str]:
-    """What became of a candidate, and why."""
-    assert one.latency is not None
-    chosen = findings.chosen
-    if one is findings.shipped:
-        return "shipped", "the fastest that is proved" if one is chosen else "nothing faster was proved"
-    if one is chosen:
-        return "not passed", f"the gate said {gate.closest(findings.gated).verdict}"
-    if not fits(one, config):
-        return "larger" if config.max_size_mb and len(
-            one.graph
-        ) > config.max_size_mb * 1e6 else "slower", "over a limit"
-    if one.name == "fp32":
-        return "not chosen", "a faster one is proved"
-    if not one.within_budget:
-        return "less accurate", "over the budget on the selection split"
-    if not is_faster(one, config.optimize):
-        return "slower", "not surely faster than fp32"
-    if one.recipe.kernels == chosen.recipe.kernels:
-        return "less accurate", f"the same kernels as {chosen.name}, further from the reference"
-    if speed(one, config.optimize) >= speed(chosen, config.optimize):
-        return "slower", f"slower than {chosen.name}"
-    return "not chosen", "within the budget on the selection split, but not surely"
-
-
-def _confusion(tasks: Sequence[Task], held_out: Split, logits: np.ndarray) -> tuple[report.Confusion, ...]:
-    """Of each multiclass task, what the reference and what ships answered."""
-    found = []
-    for task, target, part in zip(tasks, held_out.targets, columns(tasks), strict=True):
-        if isinstance(task, Multiclass):
-            known, classes = target.known, len(task.labels)
-            pytorch, served = (
-                metrics.confusion(target.values[known], predictions(task, each[known, part]), classes).tolist()
-                for each in (held_out.logits, logits)
-            )
-            name = task.name if len(tasks) > 1 else None
-            found.append(report.Confusion(task=name, labels=task.labels, pytorch=pytorch, served=served))
-    return tuple(found)
-
-
-def _flips(tasks: Sequence[Task], held_out: Split, logits: np.ndarray) -> tuple[report.Flip, ...]:
-    """The first examples of which what ships gives another label, or another set of labels, than the reference."""
-    flips = []
-    for task, target, part in zip(tasks, held_out.targets, columns(tasks), strict=True):
-        if isinstance(task, Regression):
-            continue
-        before, after = (predictions(task, each[:, part]) for each in (held_out.logits, logits))
-        changed = np.flatnonzero((before != after).reshape(len(before), -1).any(axis=1))
-        for i in changed[: report.MOST_FLIPS]:
-            truth, pytorch, served = (report.answer(task, each) for each in (target.values[i], before[i], after[i]))
-            flips.append(
-                report.Flip(
-                    task=task.name if len(tasks) > 1 else None,
-                    example=int(held_out.indices[i]),
-                    truth=truth,
-                    pytorch=pytorch,
-                    served=served,
-                )
-            )
-    return tuple(flips[: report.MOST_FLIPS])
-
-
-def _provenance(config: ExportConfig, source: Source) -> Provenance:
-    return Provenance(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=("edgeward", "export", str(config.checkpoint), *_options(config)),
-        model=source.model,
-        data=source.data,
-        data_sha256=source.data_sha256,
-        checkpoint_sha256=source.sha256,
-        cpu=cpu_name(),
-        versions=installed_versions(*PACKAGES),
-    )
-
-
-def _options(config: ExportConfig) -> list[str]:
-    """Every option that has a value, defaults written out, as on the command line."""
-    options = []
-    for name, value in asdict(config).items():
-        flag = name.replace("_", "-")
-        if name == "cache":
-            options += [] if value else ["--no-cache"]
-        elif name != "checkpoint" and value is not None and value is not False:
-            options.append(f"--{flag}")
-            if value is not True:
-                options.append(f"{value:g}" if isinstance(value, float) else str(value))
-    return options
 
 
 def _write_report(path: Path, described: report.Report, source: Source) -> None:

@@ -10,12 +10,12 @@ from rich.text import Text
 
 from bundle.manifest import GateRecord, Latency, Multiclass, Multilabel, Provenance, Record, Task
 from export import gate
+from export.bench import BatchLatency
 from export.config import Objective
 from export.fidelity import Fidelity
 from export.graph import Parity
 from export.mixed import Kept
 from export.robustness import Robustness
-from export.search import BatchLatency
 from finetune import evaluate
 from finetune.target import Target
 

@@ -15,6 +15,7 @@ from bundle.model import load_model
 from bundle.session import Session
 from edgeward import bundles
 from export import gate, goldens, search, source
+from export.bench import Candidate
 from export.build import REPORT, ExportConfig, export_checkpoint
 from export.ladder import DYNAMIC, FP32, REFIT, STATIC
 from export.memory import Memory
@@ -231,7 +232,7 @@ def candidate(recipe, ratio, drop, count=400):
     """A variant that changed so many of the answers of PyTorch, which were all right, for the worse."""
     record = gate.judge(np.zeros(count), np.zeros(count), np.arange(count) < count * drop, budget=0.05)
     latency = Latency(p50_ms=ratio, fp32_p50_ms=1.0, ratio=ratio, ratio_lower=ratio, ratio_upper=ratio, threads=1)
-    return search.Candidate(recipe, b"123", "cpu", True, 0, np.zeros((1, 1)), (record,), drop, latency)
+    return Candidate(recipe, b"123", "cpu", True, 0, np.zeros((1, 1)), (record,), drop, latency)
 
 
 def test_of_two_heads_the_one_that_lost_more_does_not_compete():
