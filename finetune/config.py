@@ -73,7 +73,7 @@ class TrainConfig:
     """lora: rank of the changes."""
     epochs: int | None = None
     """Passes over the train split; by default as many as make 300 steps, between 3 and 10, and where nothing is
-    pretrained as many as make 2,000, between 10 and 100."""
+    pretrained as many as make 2,000, between 10 and 100; of more than 10 classes √(classes / 10) times as many."""
     batch_size: int = 32
     """Examples at a time, over all processes."""
     accumulate: int = 1

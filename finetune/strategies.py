@@ -12,7 +12,7 @@ import structlog
 import torch
 
 from bundle.errors import DataError, ModelError
-from bundle.manifest import ImageInput, TextInput
+from bundle.manifest import ImageInput, Multiclass, TextInput
 from finetune import evaluate
 from finetune.augment import augmented
 from finetune.blocks import last_blocks, matching
@@ -218,8 +218,9 @@ def make_recipe(job: Job, strategy: str) -> Recipe:
     adamw = 1e-3 if new else 5e-4 if strategy == "lora" else 5e-5
     rate, decay = {"adamw": (adamw, 0.01), "sgd": (0.01, 1e-4)}[optimizer]
     metric = config.metric or evaluate.main_metric(job.tasks)
+    classes = max((len(task.labels) for task in job.tasks if isinstance(task, Multiclass)), default=1)
     return Recipe(
-        epochs=config.epochs or default_epochs(len(job.indices("train")), config.batch_size, new=new),
+        epochs=config.epochs or default_epochs(len(job.indices("train")), config.batch_size, classes, new=new),
         batch_size=config.batch_size,
         accumulate=config.accumulate,
         optimizer=optimizer,
@@ -240,10 +241,15 @@ def make_recipe(job: Job, strategy: str) -> Recipe:
     )
 
 
-def default_epochs(examples: int, batch_size: int, *, new: bool) -> int:
-    """Passes that make enough steps: 300 for a pretrained network, 2,000 for layers that start from nothing."""
+def default_epochs(examples: int, batch_size: int, classes: int, *, new: bool) -> int:
+    """Passes that make enough steps: 300 for a pretrained network, 2,000 for layers that start from nothing.
+
+    Of more than ten classes each has fewer examples in a step: steps and the most passes grow with the square root of
+    their number, which is measured for 100 (docs/fine-tuning.md).
+    """
     steps, least, most = (2_000, 10, 100) if new else (300, 3, 10)
-    return min(most, max(least, math.ceil(steps * batch_size / examples)))
+    more = math.sqrt(max(1.0, classes / 10))
+    return min(round(most * more), max(least, math.ceil(steps * more * batch_size / examples)))
 
 
 def check_options(config: TrainConfig) -> None:

@@ -17,6 +17,7 @@ from finetune import evaluate
 from finetune.checkpoint import load_checkpoint
 from finetune.data import load_dataset
 from finetune.loader import EncodedRows
+from finetune.strategies import default_epochs
 from finetune.train import TrainConfig, prepare, train
 from tests.finetune_examples import write_bert, write_digits, write_factory, write_tweets
 
@@ -135,6 +136,19 @@ def test_files_are_those_of_the_format(tuned, probed):
     spec = json.loads((tuned.out / "checkpoint.json").read_text())
     assert sorted(spec["files"]) == sorted([*sealed, "config.json", "tokenizer.json"])
     assert spec["provenance"]["config"]["strategy"] == "full"
+
+
+@pytest.mark.parametrize(
+    ("examples", "classes", "new", "expected"),
+    [
+        (100, 2, False, 10), (1_000, 10, False, 10), (1_920, 10, False, 5), (10**6, 10, False, 3),
+        (100, 1_000, False, 100), (1_920, 40, False, 10), (10**6, 40, False, 3),
+        (100, 2, True, 100), (3_200, 10, True, 20), (3_200, 90, True, 60), (100, 40, True, 200), (10**6, 90, True, 10),
+    ],
+)  # fmt: skip
+def test_default_passes_follow_examples_and_classes(examples, classes, new, expected):
+    """Fewer examples are seen more often, within limits, and more classes longer."""
+    assert default_epochs(examples, 32, classes, new=new) == expected
 
 
 def vectors_config(folder, distance, **changes):
