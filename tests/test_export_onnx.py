@@ -10,12 +10,14 @@ from onnx import TensorProto, helper, numpy_helper
 from bundle import preprocess
 from bundle.errors import DataError, ModelError
 from bundle.manifest import ImageInput, Multiclass, Multilabel, NamedTensor, Regression, TensorsInput, VectorInput
+from bundle.model import load_model
 from bundle.outputs import sigmoid, softmax
 from bundle.session import Session
 from export import onnx_graph
+from export.build import export_checkpoint
 from export.config import ExportConfig
 from export.onnx_source import open_onnx
-from tests.serve_bundles import MOOD, TEXT, text_graph, tokenizer_json
+from tests.serve_bundles import MOOD, TASKS, TEXT, tensors_graph, text_graph, tokenizer_json
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 RANDOM = np.random.default_rng(0)
@@ -61,6 +63,7 @@ def config(tmp_path):
         }
         return ExportConfig(tmp_path / "model.onnx", out=tmp_path / "out", **options)
 
+    write.folder = tmp_path
     return write
 
 
@@ -319,6 +322,30 @@ def test_weights_beside_the_model_are_read(config, tmp_path):
     (tmp_path / "weights").unlink()
     with pytest.raises(ModelError, match=r"cannot be read as an ONNX model.*weights"):
         open_onnx(options)
+
+
+def test_a_bundle_of_it_answers_as_the_model_does(config):
+    """Three tasks on tensors of three types, one of them called what no file may be: exported and self-tested."""
+    n = 60
+    arrays = {
+        "counts:0": RANDOM.integers(0, 9, (n, 2, 3)).astype(np.int32),
+        "scale": RANDOM.normal(size=n).astype(np.float32),
+        "known": RANDOM.random((n, 2)) < 0.7,
+    }
+    labels = {
+        "mood.logits": RANDOM.integers(0, 3, n),
+        "tags.logits": RANDOM.integers(0, 2, (n, 2)),
+        "length.logits": RANDOM.normal(size=n),
+    }
+    of = onnx.load_from_string(tensors_graph(TASKS))
+    export_checkpoint(config(of, given={"variant": "fp32", "effort": "fast"}, **arrays, **labels))
+    served = load_model(config.folder / "out", device="cpu")
+    answers = served.predict(preprocess.raw_examples(served.manifest.input, arrays))
+
+    as_it_came = Session(of.SerializeToString(), device="cpu").run(arrays)
+    np.testing.assert_array_equal(answers["mood.logits.logits"], as_it_came["mood.logits"])
+    np.testing.assert_array_equal(answers["length.logits.value"], as_it_came["length.logits"])
+    np.testing.assert_array_equal(answers["tags.logits.score"], sigmoid(as_it_came["tags.logits"]))
 
 
 # With preprocessing.
