@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.shape_inference import infer_shapes
 
 from bundle.session import Session
@@ -13,6 +13,7 @@ LARGEST = float(np.finfo(np.float16).max)  # of a constant: 65504
 LARGEST_SEEN = 512.0  # of an activation on a few examples: on others it may be 128 times as large
 SUMS = {  # of many numbers, or exponentials: they lose digits or overflow where their inputs do not
     *("Softmax", "LogSoftmax", "LayerNormalization", "GroupNormalization", "InstanceNormalization", "Exp", "Pow"),
+    "SkipLayerNormalization",
     *("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "ReduceLogSumExp", "ReduceProd", "Sqrt"),
 }
 
@@ -24,14 +25,14 @@ def fp16(graph: bytes, feeds: Iterable[Mapping[str, np.ndarray]] = ()) -> bytes:
     LARGEST_SEEN on the examples, as in ModelOpt's AutoCast.
 
     Args:
-        graph: fp32, of ONNX's own operators.
+        graph: fp32.
         feeds: real examples, as the graph takes them.
     """
     from onnxruntime.transformers import float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     model = onnx.load_from_string(graph)
-    del model.graph.value_info[:]  # torch leaves stale ones
+    _type(model)
     for position, node in enumerate(model.graph.node):
         node.name = f"{position}.{node.name}"  # the converter goes by names
     large = {name for name, values in _constants(model) if (np.abs(values) > LARGEST).any()}
@@ -43,6 +44,13 @@ def fp16(graph: bytes, feeds: Iterable[Mapping[str, np.ndarray]] = ()) -> bytes:
     OnnxModel(half).topological_sort()  # the converter appends its casts
     onnx.checker.check_model(half)
     return bytes(half.SerializeToString())
+
+
+def _type(model: ModelProto) -> None:
+    """Leave as types what ONNX cannot infer: fused operators of the runtime's own give float32, of any shape."""
+    del model.graph.value_info[:]  # torch leaves stale ones
+    fused = (name for node in model.graph.node if node.domain == "com.microsoft" for name in node.output if name)
+    model.graph.value_info.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in fused)
 
 
 def _constants(model: ModelProto) -> Iterator[tuple[str, np.ndarray]]:

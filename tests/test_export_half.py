@@ -10,6 +10,7 @@ from export import graph
 from export.half import fp16
 from tests.export_examples import TASKS, tiny
 
+OPSETS = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
 RANDOM = np.random.default_rng(0)
 
 
@@ -22,7 +23,7 @@ def layers(*nodes, width=8, **constants):
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", width])],
         [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in constants.items()],
     )
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    model = helper.make_model(made, opset_imports=OPSETS, ir_version=10)
     return model.SerializeToString()
 
 
@@ -56,6 +57,25 @@ def test_fp16_gives_what_fp32_gives(kind):
         assert got[name].dtype == np.float32
         np.testing.assert_allclose(got[name], values, atol=5e-3 * max(1, np.abs(values).max()))
         assert not np.array_equal(got[name], values)
+
+
+def test_fused_operators_are_converted():
+    """ONNX cannot infer the type of what follows the runtime's own operators; it is halved all the same, or kept."""
+    data = layers(
+        helper.make_node("FastGelu", ["x", "bias"], ["bent"], domain="com.microsoft"),
+        helper.make_node("LayerNormalization", ["bent", "scale"], ["normal"]),
+        helper.make_node("MatMul", ["normal", "weights"], ["y"]),
+        bias=RANDOM.normal(size=8),
+        scale=RANDOM.normal(size=8),
+        weights=RANDOM.normal(size=(8, 8)),
+    )
+    x = RANDOM.normal(size=(3, 8)).astype(np.float32)
+    half = fp16(data, [{"x": x}])
+
+    assert dtypes(half) == {
+        name: TensorProto.FLOAT if name == "scale" else TensorProto.FLOAT16 for name in ("bias", "scale", "weights")
+    }
+    np.testing.assert_allclose(run(half, {"x": x})["y"], run(data, {"x": x})["y"], atol=2e-2)
 
 
 def test_constant_that_float16_cannot_hold_stays():
