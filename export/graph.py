@@ -14,13 +14,15 @@ from bundle.errors import GateFailed, ModelError
 from bundle.manifest import Input, Record, Task
 from bundle.outputs import logits_widths
 from bundle.session import Session
+from export.batches import SIZES, parity_batches, parity_sizes
+from export.fold import folded
+from export.fusion import fused
 from export.quiet import silenced
 from finetune.model import Network
 from finetune.target import columns
 
 OPSET = 20  # the first with Gelu
 MAX_BYTES = (1 << 31) - 1  # of one protobuf message
-PARITY_BATCHES = (1, 2, 3, 8)
 PARITY = 1e-3  # largest difference of a logit, in standard deviations of the reference's logits
 ROUNDING = 1e-6  # of the largest logit: what float32 cannot hold is no difference, however small the deviation
 FEATURES = "backbone_features"  # an output; a vector's input is called `features`
@@ -55,6 +57,8 @@ def to_onnx(
 ) -> bytes:
     """Export by torch.onnx (dynamo), with a dynamic batch and, for text and words, a dynamic length.
 
+    BatchNorm is folded before (export.fold), attention and global pooling are fused after it (export.fusion).
+
     Args:
         network: in eval mode, float32, on the CPU.
         spec: of its input.
@@ -79,8 +83,8 @@ def to_onnx(
         with warnings.catch_warnings(), silenced():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                _Outputs(network, tasks, features).eval(),
-                tuple(torch.from_numpy(feeds[tensor.name]) for tensor in inputs),
+                _Outputs(folded(network), tasks, features).eval(),
+                tuple(_traced(feeds[tensor.name]) for tensor in inputs),
                 input_names=[tensor.name for tensor in inputs],
                 output_names=names,
                 dynamic_shapes=(shapes,),  # one tuple for *inputs
@@ -93,10 +97,33 @@ def to_onnx(
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"the network cannot be exported to ONNX: {reason[0]}") from error
     assert program is not None
-    model = program.model_proto
-    del model.graph.value_info[:]  # stale after the exporter's own optimisation; shape inference trips over it
+    graph, _ = fused(program.model_proto.SerializeToString())
+    model = _bare(onnx.load_from_string(graph))
     _check(model, spec, names)
     return bytes(model.SerializeToString())
+
+
+def _traced(values: np.ndarray) -> Tensor:
+    """An example of an input; pixels lie in memory channels first.
+
+    Channels last, PyTorch's global pooling would be traced with the strides that it writes, by eight nodes each.
+    """
+    tensor = torch.from_numpy(values)
+    return tensor.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor
+
+
+def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A model without what the exporter notes beside it: where on its disk each node came from, and stale shapes."""
+    known = {name for node in model.graph.node if node.domain for name in node.output}
+    shapes = [value for value in model.graph.value_info if value.name in known]  # which onnx could not infer
+    del model.graph.value_info[:]  # stale after the exporter's own optimisation; shape inference trips over it
+    model.graph.value_info.extend(shapes)
+    del model.metadata_props[:], model.graph.metadata_props[:]
+    for node in model.graph.node:
+        del node.metadata_props[:]
+    for value in (*model.graph.input, *model.graph.output, *shapes):
+        del value.metadata_props[:]
+    return model
 
 
 def _output_names(tasks: Sequence[Task], features: bool) -> list[str]:
@@ -166,7 +193,7 @@ class Parity(Record, frozen=True, kw_only=True):
 def check_parity(
     graph: bytes, network: Network, spec: Input, tasks: Sequence[Task], rows: Sequence[np.ndarray]
 ) -> Parity:
-    """Hold every output of the fp32 graph to PyTorch on real examples, alone and in batches of mixed length.
+    """Hold every output of the fp32 graph to PyTorch, on real examples: see export.batches.
 
     Args:
         graph: from `to_onnx`.
@@ -213,17 +240,13 @@ def hold(
     Raises:
         GateFailed: they differ by more than PARITY standard deviations, or a value is not finite.
     """
-    feeds = [
-        preprocess.collate([rows[(start + i) % len(rows)] for i in range(size)], spec)
-        for size in PARITY_BATCHES
-        for start in range(0, len(rows), max(size, len(rows) // 8))
-    ]
+    sizes, feeds = parity_sizes(spec, rows), parity_batches(spec, rows)
     expected = np.concatenate([reference(f) for f in feeds])
     optimized = []
     for optimize in (False, True):
         session = Session(graph, device="cpu", optimize=optimize)
         optimized.append(np.abs(np.concatenate([joined(session.run(f), tasks) for f in feeds]) - expected))
-    results = [_parity(expected[:, part], *(found[:, part] for found in optimized)) for part in columns(tasks)]
+    results = [_parity(sizes, expected[:, part], *(each[:, part] for each in optimized)) for part in columns(tasks)]
     for parity in results:
         if not parity.exported <= parity.tolerance:  # NaN fails too
             raise GateFailed(_parity_message("the exporter", parity.exported, parity))
@@ -232,12 +255,10 @@ def hold(
     return max(results, key=lambda parity: parity.served / parity.tolerance)
 
 
-def _parity(reference: np.ndarray, exported: np.ndarray, served: np.ndarray) -> Parity:
+def _parity(batches: tuple[int, ...], reference: np.ndarray, exported: np.ndarray, served: np.ndarray) -> Parity:
     """Of one output: the reference's logits, and how far they are from the graph's, all float32 (N, columns)."""
     tolerance = max(PARITY * float(reference.std()), ROUNDING * float(np.abs(reference).max()), 1e-12)
-    return Parity(
-        exported=float(exported.max()), served=float(served.max()), tolerance=tolerance, batches=PARITY_BATCHES
-    )
+    return Parity(exported=float(exported.max()), served=float(served.max()), tolerance=tolerance, batches=batches)
 
 
 def _parity_message(culprit: str, difference: float, parity: Parity) -> str:
@@ -251,7 +272,7 @@ def is_batch_invariant(session: Session, spec: Input, rows: Sequence[np.ndarray]
     """Whether every answer is bit-equal alone and unpadded, and in shuffled, padded batches of several sizes."""
     alone = [session.run(preprocess.collate([row], spec)) for row in rows]
     order = np.random.default_rng(0).permutation(len(rows))
-    for size in PARITY_BATCHES[1:]:
+    for size in SIZES[1:]:
         for start in range(0, len(rows) - size + 1, size):
             picked = order[start : start + size]
             together = session.run(preprocess.collate([rows[i] for i in picked], spec))

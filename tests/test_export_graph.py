@@ -9,13 +9,16 @@ import torch
 from onnx import numpy_helper
 
 from bundle import preprocess
-from bundle.errors import GateFailed
-from bundle.manifest import Regression
-from bundle.model import predict_logits
+from bundle.errors import GateFailed, ModelError
+from bundle.manifest import ImageInput, Regression, TextInput
+from bundle.model import MAX_ROWS, predict_logits
 from bundle.session import Session
-from export import graph, quantize, ranges
+from export import graph, quantize
+from export.batches import parity_sizes
 from finetune import evaluate
 from tests.export_examples import KINDS, TASKS, tiny
+
+WORDS = 50  # of the tiny networks' tables
 
 
 @cache
@@ -69,11 +72,82 @@ def test_a_fault_in_any_output_fails_parity(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_one_weight_of_the_backbone_fails_parity(kind):
+    """One number of one channel, feature or word that the sample has is caught, in every kind of network."""
+    network, spec, rows, fp32 = exported(kind)
+    model = onnx.load_from_string(fp32)
+    tensor = max(model.graph.initializer, key=lambda tensor: ("heads" not in tensor.name, np.prod(tensor.dims)))
+    values = numpy_helper.to_array(tensor).copy()
+    seen = next(row for row in rows if row.size).flat[0]
+    values[seen if len(values) == WORDS else -1].flat[0] += 0.3
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    with pytest.raises(GateFailed, match="the exporter changes a logit"):
+        graph.check_parity(model.SerializeToString(), network, spec, TASKS, rows)
+
+
+def wrong_when(fp32, name, axis, size):
+    """A graph whose last output is wrong where this axis of an input has this size."""
+    model = onnx.load_from_string(fp32)
+    make = onnx.helper.make_node
+    next(node for node in model.graph.node if "size.logits" in node.output).output[0] = "right"
+    model.graph.initializer.append(numpy_helper.from_array(np.array([size]), "trigger"))
+    model.graph.node.extend(
+        [
+            make("Shape", [name], ["found"], start=axis, end=axis + 1),
+            make("Equal", ["found", "trigger"], ["matches"]),
+            make("Cast", ["matches"], ["fault"], to=onnx.TensorProto.FLOAT),
+            make("Add", ["right", "fault"], ["size.logits"]),
+        ]
+    )
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize("kind", ["text", "pair", "words"])
+@pytest.mark.parametrize("length", [1, 8, 16, None])
+def test_a_fault_at_any_length_fails_parity(kind, length):
+    """The shortest and the longest example, a bucket and the greatest length, which no example has, are tried."""
+    network, spec, rows, fp32 = exported(kind)
+    name = preprocess.graph_inputs(spec)[0].name
+    length = length or max(preprocess.length(row, spec) for row in rows)
+    with pytest.raises(GateFailed, match="the exporter changes a logit"):
+        graph.check_parity(wrong_when(fp32, name, 1, length), network, spec, TASKS, rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 2, 3, MAX_ROWS])
+def test_a_fault_in_batches_of_one_size_fails_parity(kind, size):
+    """Sizes at which a dimension may have been taken for a constant, and the largest that is served."""
+    network, spec, rows, fp32 = exported(kind)
+    name = preprocess.graph_inputs(spec)[0].name
+    with pytest.raises(GateFailed, match="the exporter changes a logit"):
+        graph.check_parity(wrong_when(fp32, name, 0, size), network, spec, TASKS, rows[:10])
+
+
+def test_large_images_are_tried_in_smaller_batches():
+    """The largest batch has about a million pixels, or 2048 tokens."""
+    image = ImageInput(
+        column="image", height=224, width=224, resize=256, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    text = TextInput(column="text", max_length=256, pad_id=0, buckets=(128, 256))
+    assert parity_sizes(image, []) == (1, 2, 3, 8, 20)
+    assert parity_sizes(text, [np.ones(200, int), np.ones(3, int)]) == (1, 2, 3, 8, 10)
+
+
+def test_the_opset_is_the_one_that_was_asked_for(monkeypatch):
+    """An exporter that stays at another opset without a word is an error."""
+    network, spec, rows = tiny("vector")
+    export = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **given: export(*args, **{**given, "opset_version": 18}))
+    with pytest.raises(ModelError, match="wrote opset 18 instead of 20"):
+        graph.to_onnx(network, spec, TASKS, rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_int8(kind):
     """Dense layers of every kind run in int8, dynamic and static, near the fp32 answers; only images need more."""
     network, spec, rows, fp32 = exported(kind)
     expected = evaluate.logits(network, rows, spec)
-    static = ranges.int8_minmax(fp32, spec, rows)
+    static = quantize.int8_minmax(fp32, spec, rows)
     inputs = {tensor.name: tensor.shape for tensor in preprocess.graph_inputs(spec)}
     for compiled in (static, quantize.int8_dynamic(fp32)):
         session = Session(compiled, device="cpu", threads=1)
