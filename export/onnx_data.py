@@ -1,18 +1,32 @@
-"""The data of a user's own ONNX model: arrays named as its inputs, and labels in the order of its columns."""
+"""The data of a user's own ONNX model: its tensors, or raw examples, and labels in the order of its columns."""
 
 import hashlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import structlog
 
-from bundle import tensors
-from bundle.errors import BadInput, DataError
-from bundle.manifest import Multiclass, Multilabel, NamedTensor, Regression, Task, TensorsInput
+from bundle import preprocess, tensors
+from bundle.errors import BadInput, DataError, ModelError
+from bundle.manifest import (
+    ImageInput,
+    Input,
+    Multiclass,
+    Multilabel,
+    NamedTensor,
+    Regression,
+    Task,
+    TensorsInput,
+    TextInput,
+    VectorInput,
+    WordsInput,
+)
 from bundle.tensor import TensorSpec, conform
 from finetune import npz
-from finetune.data import Dataset, digest
+from finetune.checkpoint_model import modality_of
+from finetune.data import Dataset, digest, load_dataset
 from finetune.labels import LabelColumn
 from finetune.target import Target
 
@@ -90,6 +104,69 @@ def _refuse_bad(
                 raise DataError(f"{names[i]} of {path} {bad[i]}.")
             if not target.known[i]:
                 raise DataError(f"{names[i]} of {path} has no {target.name!r}.")
+
+
+def read_preprocessing(path: Path) -> tuple[Input, dict[str, bytes]]:
+    """The input of a manifest from a JSON file, and what it reads beside it, by name.
+
+    Raises:
+        DataError: it, or one of the files, cannot be read.
+    """
+    files: dict[str, bytes] = {}
+
+    def read(name: str) -> bytes:
+        files[name] = (path.parent / name).read_bytes()
+        return files[name]
+
+    try:
+        spec = msgspec.json.decode(path.read_bytes(), type=Input)
+        preprocess.encoder(spec, read)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise DataError(f"--preprocess {path} is not the input of a manifest, with its files: {error}") from error
+    return spec, files
+
+
+def read_raw(data: str, spec: Input) -> Dataset:
+    """Labelled raw examples as fine-tuning reads them, in the columns that the input names."""
+    columns: tuple[str, ...]
+    match spec:
+        case TextInput(pair=str(pair)):
+            columns = spec.column, pair
+        case VectorInput():
+            columns = spec.names or ((spec.column,) if data.endswith(npz.SUFFIX) else ())
+        case TextInput() | ImageInput() | WordsInput():
+            columns = (spec.column,)
+        case _:
+            columns = ()
+    return load_dataset(data, modality_of(spec), input_column=columns)
+
+
+def input_names(path: Path, inputs: Sequence[TensorSpec], spec: Input) -> dict[str, str]:
+    """A model's inputs -> what the bundle's graph calls them; a single one may be called anything.
+
+    Raises:
+        ModelError: the model takes something else than preprocessing gives.
+    """
+    expected = preprocess.graph_inputs(spec)
+    names = {one.name: one.name for one in inputs}
+    if len(inputs) == len(expected) == 1:
+        names = {inputs[0].name: expected[0].name}
+    found = {names[one.name]: one for one in inputs}
+    if any(one.name not in found or not _fits(found[one.name], one) for one in expected) or len(found) > len(expected):
+        takes, gives = (", ".join(f"{one.name!r} {one}" for one in each) for each in (inputs, expected))
+        raise ModelError(
+            f"{path} takes {takes}; the {spec.__struct_config__.tag} preprocessing gives {gives}. Export the model "
+            "so, or change the file of --preprocess (docs/bundle-format.md, Starting)."
+        )
+    return names
+
+
+def _fits(model: TensorSpec, given: TensorSpec) -> bool:
+    return (
+        model.datatype == given.datatype
+        and len(model.shape) == len(given.shape)
+        and all(size in (-1, other) for size, other in zip(model.shape, given.shape, strict=True))
+    )
 
 
 def read_labels(path: Path) -> tuple[str, ...]:

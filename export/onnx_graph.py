@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from bundle.errors import ModelError
+from bundle.manifest import ImageInput, Input, TextInput
 from bundle.session import Session
 from bundle.tensor import NUMPY_TYPES, TensorSpec
 from export.graph import MAX_BYTES
@@ -135,6 +136,47 @@ def _drop_dictionaries(graph: onnx.GraphProto) -> None:
         for value in outputs:
             graph.output.remove(value)
             graph.output.append(helper.make_tensor_value_info(node.input[0], TensorProto.FLOAT, None))
+
+
+def adapted(model: onnx.ModelProto, spec: Input) -> onnx.ModelProto:
+    """The model, where preprocessing lacks a step to it: scaled images, and the token types of single texts.
+
+    A model of images that takes floats (N, 3, height, width) is given them scaled by the mean and std of its input, and
+    one of texts that takes `token_type_ids`, too, has zeros for them. Anything else is left as it is.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    inputs = {value.name: value for value in graph.input}
+    match spec:
+        case ImageInput() if len(inputs) == 1 and _takes_channels(graph.input[0], spec):
+            pixels = f"{graph.input[0].name}/pixels"
+            scale = {"mean": np.array(spec.mean, np.float32) * 255, "std": np.array(spec.std, np.float32) * 255}
+            graph.initializer.extend(numpy_helper.from_array(value, f"{pixels}/{key}") for key, value in scale.items())
+            nodes = [
+                helper.make_node("Cast", [pixels], [f"{pixels}/float"], to=TensorProto.FLOAT),
+                helper.make_node("Sub", [f"{pixels}/float", f"{pixels}/mean"], [f"{pixels}/centred"]),
+                helper.make_node("Div", [f"{pixels}/centred", f"{pixels}/std"], [f"{pixels}/scaled"]),
+                helper.make_node("Transpose", [f"{pixels}/scaled"], [graph.input[0].name], perm=[0, 3, 1, 2]),
+            ]
+            del graph.input[:]
+            graph.input.append(_declared(TensorSpec(pixels, "UINT8", (-1, spec.height, spec.width, 3))))
+        case TextInput(pair=None) if {"input_ids", "token_type_ids"} <= set(inputs):
+            nodes = [helper.make_node("Sub", ["input_ids", "input_ids"], ["token_type_ids"])]
+            graph.input.remove(inputs["token_type_ids"])
+        case _:
+            return model
+    everything = [*nodes, *graph.node]
+    del graph.node[:]
+    graph.node.extend(everything)
+    return result
+
+
+def _takes_channels(value: onnx.ValueInfoProto, spec: ImageInput) -> bool:
+    sizes = [axis.dim_value for axis in value.type.tensor_type.shape.dim]  # 0 where it is free
+    expected = (0, 3, spec.height, spec.width)
+    fits = len(sizes) == 4 and all(size in (0, other) for size, other in zip(sizes, expected, strict=True))
+    return fits and bool(value.type.tensor_type.elem_type == TensorProto.FLOAT)
 
 
 def start(path: Path, model: onnx.ModelProto, *, optimize: bool = True) -> Session:

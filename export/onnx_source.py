@@ -12,18 +12,17 @@ from onnx import ModelProto
 
 from bundle import preprocess
 from bundle.errors import DataError, GateFailed, ModelError
-from bundle.manifest import ImageInput, Input, Task, TextInput, VectorInput, WordsInput
+from bundle.manifest import Input, Task
 from bundle.outputs import logits_widths
 from bundle.session import Session
 from bundle.tensor import TensorSpec
 from export import graph, onnx_graph
 from export.config import ExportConfig
-from export.onnx_data import read_arrays, read_labels, task_of
+from export.onnx_data import input_names, read_arrays, read_labels, read_preprocessing, read_raw, task_of
 from export.onnx_graph import Head
 from export.source import SAMPLES, Source, Split, check_known, recollection
 from finetune import npz
-from finetune.checkpoint_model import modality_of
-from finetune.data import Dataset, load_dataset
+from finetune.data import Dataset
 from finetune.loader import EncodedRows
 from finetune.splits import SplitName, Splits, deal
 from finetune.target import Kind, Target
@@ -56,9 +55,11 @@ def open_onnx(config: ExportConfig) -> Source:
     """
     path = config.checkpoint
     model, sha256 = onnx_graph.read_model(path)
+    described = None if config.preprocess is None else read_preprocessing(config.preprocess)
+    model = model if described is None else onnx_graph.adapted(model, described[0])
     started = onnx_graph.start(path, model)
     _check_batch(path, started.inputs)
-    spec, files, dataset, names = _examples(config, started)
+    spec, files, dataset, names = _examples(config, started, described)
     encode = preprocess.encoder(spec, files.__getitem__)
     splits = _splits(dataset)
     sample = list(EncodedRows(dataset, splits.indices(dataset, "selection")[:SAMPLES], encode))
@@ -69,17 +70,10 @@ def open_onnx(config: ExportConfig) -> Source:
 
     outputs = dict(zip(logits_widths(tasks), heads, strict=True))
     compiled = onnx_graph.compiled(model, names, preprocess.graph_inputs(spec), outputs)
-    plain = _reference(path, model, heads, names, optimize=False)
-    try:
-        parity = graph.hold(compiled, plain, spec, tasks, sample)
-    except GateFailed as error:
-        raise GateFailed(f"the fp32 graph is not {path}: {error} Nothing was written.") from error
-    log.info("parity", largest_difference=parity.served, tolerance=parity.tolerance)
+    parity = _hold(path, compiled, _reference(path, model, heads, names, optimize=False), spec, tasks, sample)
     reference = _reference(path, model, heads, names)
-    described = msgspec.json.encode(spec)
-    memory = recollection(
-        config, sha256, dataset.sha256, *(hashlib.sha256(data).hexdigest() for data in (described, *files.values()))
-    )
+    read = (msgspec.json.encode(spec), *files.values(), repr((heads, tasks)).encode())
+    memory = recollection(config, sha256, dataset.sha256, *(hashlib.sha256(data).hexdigest() for data in read))
 
     def split(name: SplitName) -> Split:
         indices = splits.indices(dataset, name)
@@ -109,6 +103,17 @@ def open_onnx(config: ExportConfig) -> Source:
     )
 
 
+def _hold(
+    path: Path, compiled: bytes, reference: Logits, spec: Input, tasks: Sequence[Task], rows: Sequence[np.ndarray]
+) -> graph.Parity:
+    try:
+        parity = graph.hold(compiled, reference, spec, tasks, rows)
+    except GateFailed as error:
+        raise GateFailed(f"the fp32 graph is not {path}: {error} Nothing was written.") from error
+    log.info("parity", largest_difference=parity.served, tolerance=parity.tolerance)
+    return parity
+
+
 def _check_batch(path: Path, inputs: Sequence[TensorSpec]) -> None:
     for spec in inputs:
         if not spec.shape or spec.shape[0] != -1:
@@ -119,13 +124,16 @@ def _check_batch(path: Path, inputs: Sequence[TensorSpec]) -> None:
             )
 
 
-def _examples(config: ExportConfig, model: Session) -> tuple[Input, dict[str, bytes], Dataset, dict[str, str]]:
+def _examples(
+    config: ExportConfig, model: Session, described: tuple[Input, dict[str, bytes]] | None
+) -> tuple[Input, dict[str, bytes], Dataset, dict[str, str]]:
     """What the model takes, files of preprocessing, the data, and the model's inputs -> their names in the bundle."""
     path = config.checkpoint
     if config.data is None:
         raise DataError(f"{path} is held to examples: give them with --data FILE.npz, an array for each input and y.")
-    if config.preprocess is not None:
-        return _preprocessed(path, config.preprocess, config.data, model.inputs)
+    if described is not None:
+        names = input_names(path, model.inputs, described[0])
+        return *described, read_raw(config.data, described[0]), names
     data = Path(config.data).expanduser().resolve()
     if data.suffix.lower() != npz.SUFFIX or not data.is_file():
         raise DataError(f"{data} is no .npz file of tensors. For texts, images or tables give --preprocess FILE.json.")
@@ -134,57 +142,6 @@ def _examples(config: ExportConfig, model: Session) -> tuple[Input, dict[str, by
         raise ModelError(f"{path}: input {strings[0]!r} takes strings; a bundle's graph takes numbers.")
     spec, dataset = read_arrays(data, model.inputs, [output.name for output in model.outputs])
     return spec, {}, dataset, {one.name: one.name for one in model.inputs}
-
-
-def _preprocessed(
-    path: Path, described: Path, data: str, inputs: Sequence[TensorSpec]
-) -> tuple[Input, dict[str, bytes], Dataset, dict[str, str]]:
-    files: dict[str, bytes] = {}
-
-    def read(name: str) -> bytes:
-        files[name] = (described.parent / name).read_bytes()
-        return files[name]
-
-    try:
-        spec = msgspec.json.decode(described.read_bytes(), type=Input)
-        preprocess.encoder(spec, read)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise DataError(f"--preprocess {described} is not the input of a manifest, with its files: {error}") from error
-    dataset = load_dataset(data, modality_of(spec), input_column=_columns(spec, data))
-    expected = preprocess.graph_inputs(spec)
-    names = {one.name: one.name for one in inputs}
-    if len(inputs) == len(expected) == 1:
-        names = {inputs[0].name: expected[0].name}
-    found = {names[one.name]: one for one in inputs}
-    if any(one.name not in found or not _fits(found[one.name], one) for one in expected) or len(found) > len(expected):
-        takes, gives = (", ".join(f"{one.name!r} {one}" for one in each) for each in (inputs, expected))
-        raise ModelError(
-            f"{path} takes {takes}; the {spec.__struct_config__.tag} preprocessing of {described} gives {gives}. "
-            "Export the model so, the scaling of images included (docs/bundle-format.md, Starting)."
-        )
-    return spec, files, dataset, names
-
-
-def _fits(model: TensorSpec, given: TensorSpec) -> bool:
-    sizes = zip(model.shape, given.shape, strict=False)
-    return (
-        model.datatype == given.datatype
-        and len(model.shape) == len(given.shape)
-        and all(size in (-1, other) for size, other in sizes)
-    )
-
-
-def _columns(spec: Input, data: str) -> tuple[str, ...]:
-    match spec:
-        case TextInput(pair=str(pair)):
-            return spec.column, pair
-        case TextInput() | ImageInput() | WordsInput():
-            return (spec.column,)
-        case VectorInput(names=()) if not data.endswith(npz.SUFFIX):
-            return ()
-        case VectorInput():
-            return spec.names or (spec.column,)
-    return ()
 
 
 def _splits(dataset: Dataset) -> Splits:

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from bundle import preprocess
 from bundle.errors import DataError, ModelError
@@ -351,13 +352,18 @@ def test_a_bundle_of_it_answers_as_the_model_does(config):
 # With preprocessing.
 
 
+def write_texts(folder):
+    """Texts whose label follows from their length."""
+    texts = [" ".join(words) for words in RANDOM.choice(["good", "bad", "film", "is"], (60, 5))]
+    with (folder / "data.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "label"], *([text, MOOD.labels[len(text) % 3]] for text in texts)])
+    (folder / "input.json").write_bytes(msgspec.json.encode(TEXT))
+    (folder / "tokenizer.json").write_bytes(tokenizer_json())
+
+
 def test_texts_with_a_tokenizer_go_through_preprocessing(config, tmp_path):
     """The data is what fine-tuning reads; a line of labels is a column."""
-    texts = [" ".join(words) for words in RANDOM.choice(["good", "bad", "film", "is"], (60, 5))]
-    with (tmp_path / "data.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["text", "label"], *([text, MOOD.labels[len(text) % 3]] for text in texts)])
-    (tmp_path / "input.json").write_bytes(msgspec.json.encode(TEXT))
-    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json())
+    write_texts(tmp_path)
     given = {"data": str(tmp_path / "data.csv"), "preprocess": tmp_path / "input.json"}
     of = onnx.load_from_string(text_graph((MOOD,)))
     source = open_onnx(config(of, labels=MOOD.labels, given=given))
@@ -383,7 +389,7 @@ def test_a_single_input_may_be_called_anything(config, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "kind", "words"),
     [
-        (VectorInput(column="x", size=5), ModelError, "takes 'x' FP32 [-1, 4]; the vector preprocessing of"),
+        (VectorInput(column="x", size=5), ModelError, "takes 'x' FP32 [-1, 4]; the vector preprocessing gives"),
         (TEXT, DataError, "tokenizer.json"),
         (b'{"type": "sound"}', DataError, "is not the input of a manifest, with its files: Invalid value 'sound'"),
         (b"{}", DataError, "is not the input of a manifest"),
@@ -526,26 +532,55 @@ def test_a_model_needs_examples(config, data):
         open_onnx(config(model(LINEAR), given={"data": data}, x=X, y=Y))
 
 
-def test_images_take_the_pixels_as_they_are(config, tmp_path):
-    """A model that scales for itself outside of its graph is told what its input must be."""
-    spec = ImageInput(column="i", height=2, width=2, resize=2, interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1))
+@pytest.fixture
+def images(tmp_path):
+    """Two classes of plain images with the preprocessing of 2 × 2 pixels."""
+    spec = ImageInput(
+        column="i", height=2, width=2, resize=2, interpolation="bilinear", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)
+    )
     (tmp_path / "input.json").write_bytes(msgspec.json.encode(spec))
-    import PIL.Image
-
     for label in "ab":
         (tmp_path / "images" / label).mkdir(parents=True)
         for i in range(12):
             colour = (i * 9, 200 * (label == "a"), 50)
-            PIL.Image.new("RGB", (2, 2), colour).save(tmp_path / "images" / label / f"{i}.png")
-    given = {"preprocess": tmp_path / "input.json", "data": str(tmp_path / "images")}
-    with pytest.raises(ModelError, match=re.escape("takes 'x' FP32 [-1, 4]; the image preprocessing of")):
-        open_onnx(config(model(LINEAR), given=given))
-    nodes = [
-        node("Cast", "x", "f", to=FLOAT),
-        node("ReduceMean", "f", "out", axes=[1, 2], keepdims=0),
-    ]
-    source = open_onnx(
-        config(model(nodes, {}, [("x", TensorProto.UINT8, ["n", 2, 2, 3])]), labels=["b", "a", "c"], given=given)
-    )
+            Image.new("RGB", (2, 2), colour).save(tmp_path / "images" / label / f"{i}.png")
+    return {"preprocess": tmp_path / "input.json", "data": str(tmp_path / "images")}
+
+
+def test_images_may_be_taken_as_pixels(config, images):
+    """A model that scales them itself is compiled as it is, and one that takes something else is told what there is."""
+    with pytest.raises(ModelError, match=re.escape("takes 'x' FP32 [-1, 4]; the image preprocessing gives 'image'")):
+        open_onnx(config(model(LINEAR), given=images))
+    nodes = [node("Cast", "x", "f", to=FLOAT), node("ReduceMean", "f", "out", axes=[1, 2], keepdims=0)]
+    of = model(nodes, {}, [("x", TensorProto.UINT8, ["n", 2, 2, 3])])
+    source = open_onnx(config(of, labels=["b", "a", "c"], given=images))
+
     assert source.tasks[0].labels == ("b", "a", "c")
-    assert run(source)["logits"].shape == (len(source.selection), 3)
+    pixels = np.stack(list(source.selection.rows)).astype(np.float32)
+    np.testing.assert_allclose(run(source)["logits"], pixels.mean(axis=(1, 2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, "side"])
+def test_images_may_be_taken_scaled(config, images, size):
+    """Channels first, by the mean and std of the preprocessing, as torchvision's models take them."""
+    of = model(
+        [node("ReduceMean", "image", "out", axes=[2, 3], keepdims=0)], {}, [("image", FLOAT, ["n", 3, size, size])]
+    )
+    source = open_onnx(config(of, labels=["b", "a", "c"], given=images))
+
+    pixels = np.stack(list(source.selection.rows)) / 255
+    expected = ((pixels - source.spec.mean) / source.spec.std).mean(axis=(1, 2))
+    np.testing.assert_allclose(run(source)["logits"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_token_types_of_single_texts_are_zeros(config, tmp_path):
+    """Most exports of BERT take them although there is one text."""
+    write_texts(tmp_path)
+    given = {"data": str(tmp_path / "data.csv"), "preprocess": tmp_path / "input.json"}
+    of = onnx.load_from_string(text_graph((MOOD,), types="token_type_ids"))
+    source = open_onnx(config(of, labels=MOOD.labels, given=given))
+
+    row = source.selection.rows[0]
+    feeds = preprocess.collate([row], source.spec)
+    whole = Session(of.SerializeToString(), device="cpu").run({**feeds, "token_type_ids": 0 * feeds["input_ids"]})
+    np.testing.assert_array_equal(run(source, [row])["logits"], whole["logits"])
