@@ -11,7 +11,7 @@ from bundle.errors import GateFailed, ModelError
 from bundle.manifest import ImageInput, Input, Record, Task, VectorInput
 from bundle.model import predict_logits
 from bundle.session import Session
-from export import graph, quantize, ranges, timing
+from export import graph, quantize, timing
 from finetune.model import Network
 
 log = structlog.get_logger()
@@ -119,7 +119,7 @@ def _variant(spec: Input) -> str:
 def _quantize(fp32: bytes, spec: Input, rows: Sequence[np.ndarray]) -> bytes | None:
     try:
         return (
-            ranges.int8_minmax(fp32, spec, rows) if _variant(spec) == "int8-static" else quantize.int8_dynamic(fp32)
+            quantize.int8_minmax(fp32, spec, rows) if _variant(spec) == "int8-static" else quantize.int8_dynamic(fp32)
         )
     except ModelError as error:
         log.warning("pre-flight: no int8", because=str(error))

@@ -1,11 +1,7 @@
-"""The fp32 graph in int8: static by given ranges, dynamic, and weights alone. Which one ships is not decided here.
-
-A heavy node is a convolution or a product with constant weights. What is cheap becomes int8 only where it follows one
-that is, so that whatever stays in fp32 leaves no island behind.
-"""
+"""The fp32 graph in int8: static by given ranges, dynamic, and weights alone. Which one ships is not decided here."""
 
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,15 +15,14 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.quant_utils import add_infer_metadata
 
 from bundle.errors import EdgewardError, ModelError
-from bundle.manifest import ImageInput, Input
+from bundle.manifest import Input
 from bundle.session import optimized
+from export import ranges
+from export.placement import CONVOLUTIONAL, DENSE, HEAVY, activations, placed
+from export.placement import Group as Group
+from export.placement import groups as groups
+from export.placement import leftovers as leftovers
 from export.quiet import silenced
-
-DENSE = ("MatMul", "Gemm")
-HEAVY = (*DENSE, "Conv")
-CONVOLUTIONAL = (*HEAVY, "Relu", "Clip", "Add", "Mul", "AveragePool", "GlobalAveragePool", "MaxPool", "Concat")
-"""What ONNX Runtime's CPU provider really runs in int8. Other operators would become islands between conversions."""
-CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 
 Ranges = Mapping[str, tuple[float, float]]
 """Least and greatest value of activations, by tensor."""
@@ -55,7 +50,7 @@ def prepared(graph: bytes) -> bytes:
 def int8_static(
     prepared: bytes,
     spec: Input,
-    ranges: Ranges,
+    known: Ranges,
     *,
     per_channel: bool = True,
     signed: bool = False,
@@ -63,13 +58,12 @@ def int8_static(
 ) -> bytes:
     """Weights in int8, activations in 8 bits with given ranges (QDQ).
 
-    Of all but images only the dense layers become int8: around a text encoder's softmax, layer norms and additions, and
-    between the layers of a small network on words or vectors, everything stays fp32.
+    Which nodes become int8 is decided in export.placement.
 
     Args:
         prepared: fp32, as `prepared` gives it.
         spec: of its input.
-        ranges: of the tensors that `activations` names, as `export.ranges` measures them; zero is included.
+        known: ranges of the activations, as export.ranges gives them; zero is included.
         per_channel: one scale of the weights for each output channel, instead of one for all.
         signed: activations in int8, as arm64 wants them, instead of uint8; those miss the fast kernels of x86-64.
         kept: nodes that stay in fp32, by name.
@@ -78,10 +72,9 @@ def int8_static(
         ModelError: nothing can be quantized, or a node cannot; it is named.
     """
     model = onnx.load_from_string(prepared)
-    nodes = _quantized(model, spec, kept)
-    constants = _constants(model)
-    wanted = _activations(model, nodes)
-    _check(nodes, constants, ranges, wanted)
+    nodes = placed(model, spec, kept)
+    wanted = activations(model, nodes)
+    _check(model, nodes, known, wanted)
     with _mapped():
         quantizer = QDQQuantizer(
             model,
@@ -90,20 +83,22 @@ def int8_static(
             ort_quantization.QuantType.QInt8,
             ort_quantization.QuantType.QInt8 if signed else ort_quantization.QuantType.QUInt8,
             TensorsData(
-                ort_quantization.CalibrationMethod.MinMax, {name: _tensor_data(*ranges[name]) for name in wanted}
+                ort_quantization.CalibrationMethod.MinMax, {name: _tensor_data(*known[name]) for name in wanted}
             ),
             [node.name for node in nodes],
             [],
             list(CONVOLUTIONAL),
             {},
         )
-        return bytes(quantizer.quantize_model().SerializeToString())
+        quantizer.quantize_model()
+        quantizer.model.topological_sort()  # it appends its conversions
+        return bytes(quantizer.model.model.SerializeToString())
 
 
-def activations(prepared: bytes, spec: Input) -> tuple[str, ...]:
-    """The tensors whose ranges `int8_static` may need, in graph order."""
-    model = onnx.load_from_string(prepared)
-    return _activations(model, _quantized(model, spec, ()))
+def int8_minmax(graph: bytes, spec: Input, rows: Sequence[np.ndarray]) -> bytes:
+    """Static int8 in one step, by every value seen in preprocessed training examples."""
+    start = prepared(graph)
+    return int8_static(start, spec, ranges.ranges(ranges.observe(start, spec, rows), "minmax"))
 
 
 def int8_dynamic(graph: bytes, *, kept: Collection[str] = ()) -> bytes:
@@ -130,47 +125,19 @@ def int8_dynamic(graph: bytes, *, kept: Collection[str] = ()) -> bytes:
         return (Path(folder) / "int8.onnx").read_bytes()
 
 
-def _quantized(model: onnx.ModelProto, spec: Input, kept: Collection[str]) -> list[onnx.NodeProto]:
-    """The nodes that become int8: heavy ones that are not kept, and cheap ones that follow an int8 node."""
-    constants, made, nodes = set(_constants(model)), set[str](), []
-    types = CONVOLUTIONAL if isinstance(spec, ImageInput) else DENSE
-    for node in model.graph.node:
-        if node.op_type not in types or node.name in kept:
-            continue
-        # int8 would round in a scaling by constants what the next convolution rounds anyway, by kernels that broadcast
-        # slowly: in EfficientNet-Lite0 they took 4 of 12 ms.
-        scaling = node.op_type in ("Add", "Mul") and constants.intersection(node.input)
-        if not scaling and (node.op_type in HEAVY or made.intersection(node.input)):
-            nodes.append(node)
-            made.update(node.output)
-    return nodes
-
-
-def _activations(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> tuple[str, ...]:
-    constants = _constants(model)
-    return tuple(
-        dict.fromkeys(name for node in nodes for name in (*node.input, *node.output) if name and name not in constants)
-    )
-
-
-def _constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
-    return {tensor.name: tensor for tensor in model.graph.initializer}
-
-
-def _check(
-    nodes: list[onnx.NodeProto], constants: Mapping[str, onnx.TensorProto], ranges: Ranges, wanted: Collection[str]
-) -> None:
+def _check(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], known: Ranges, wanted: Collection[str]) -> None:
     """Refuse what the quantizer would not explain."""
     if not any(node.op_type in HEAVY for node in nodes):
         raise ModelError(f"the graph cannot be quantized: it has no {', '.join(HEAVY)} left to become int8.")
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in nodes:
         for name in (*node.input, *node.output):
             where = f"{node.op_type} {node.name!r} cannot be quantized"
-            if name in wanted and not np.all(np.isfinite(ranges.get(name, (np.nan, np.nan)))):
-                found = ranges.get(name, "missing")
+            if name in wanted and not np.isfinite(known.get(name, (np.nan,))).all():
+                found = known.get(name, "missing")
                 raise ModelError(f"{where}: the range of tensor {name!r} is {found}. Keep the node in fp32.")
-            if name in constants and not np.isfinite(numpy_helper.to_array(constants[name])).all():
-                raise ModelError(f"{where}: its weights {name!r} are not finite.")
+            if name in weights and not np.isfinite(numpy_helper.to_array(weights[name])).all():
+                raise ModelError(f"{where}: its weights {name!r} are not finite. Keep the node in fp32.")
 
 
 def _tensor_data(least: float, greatest: float) -> TensorData:

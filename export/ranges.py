@@ -1,6 +1,6 @@
 """Ranges of activations: one pass over calibration examples, whatever their number, serves every static candidate."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +11,7 @@ from bundle import preprocess
 from bundle.errors import ModelError
 from bundle.manifest import Input
 from bundle.session import Session
-from export import quantize
+from export.placement import activations, placed
 
 Method = Literal["minmax", "percentile"]
 
@@ -79,8 +79,9 @@ def observe(prepared: bytes, spec: Input, rows: Sequence[np.ndarray]) -> Statist
     Raises:
         ModelError: a value is not finite.
     """
-    found = {name: Histogram() for name in quantize.activations(prepared, spec)}
-    session = Session(_with_outputs(prepared, found), device="cpu")
+    model = onnx.load_from_string(prepared)
+    found = {name: Histogram() for name in activations(model, placed(model, spec))}
+    session = Session(with_outputs(prepared, found), device="cpu")
     for row in rows:
         feeds = preprocess.collate([row], spec)
         values = feeds | session.run(feeds)
@@ -89,12 +90,6 @@ def observe(prepared: bytes, spec: Input, rows: Sequence[np.ndarray]) -> Statist
                 raise ModelError(f"tensor {name!r} is not finite on a calibration example; nothing can be quantized.")
             histogram.add(values[name])
     return found
-
-
-def int8_minmax(graph: bytes, spec: Input, rows: Sequence[np.ndarray]) -> bytes:
-    """Static int8 in one step, by every value seen in preprocessed training examples."""
-    start = quantize.prepared(graph)
-    return quantize.int8_static(start, spec, ranges(observe(start, spec, rows), "minmax"))
 
 
 def ranges(statistics: Statistics, method: Method) -> dict[str, tuple[float, float]]:
@@ -119,7 +114,7 @@ def _percentile(histogram: Histogram) -> tuple[float, float]:
     return max(histogram.edges[low], histogram.least), min(histogram.edges[high + 1], histogram.greatest)
 
 
-def _with_outputs(graph: bytes, names: Mapping[str, object]) -> bytes:
+def with_outputs(graph: bytes, names: Iterable[str]) -> bytes:
     """The graph, which gives these tensors, too."""
     model = onnx.load_from_string(graph)
     given = {value.name for value in (*model.graph.input, *model.graph.output)}

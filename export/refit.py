@@ -8,7 +8,7 @@ import structlog
 from bundle.manifest import Input
 from bundle.model import predict_logits
 from bundle.session import Session
-from export import graph, ranges
+from export import graph, quantize
 from finetune.checkpoint import Checkpoint
 from finetune.data import Dataset
 from finetune.loader import EncodedRows
@@ -31,7 +31,7 @@ def int8_static_refit(checkpoint: Checkpoint, dataset: Dataset, calibration: Seq
     """
     spec, tasks = checkpoint.spec.input, checkpoint.spec.tasks
     backbone = graph.to_onnx(checkpoint.network, spec, (), calibration, features=True)
-    compiled = ranges.int8_minmax(backbone, spec, calibration)
+    compiled = quantize.int8_minmax(backbone, spec, calibration)
     session = Session(compiled, device="cpu")
     known, held_out = (_split(checkpoint, dataset, split) for split in ("train", "validation"))
     log.info("refitting the head", examples=len(known), validation=len(held_out))
