@@ -48,7 +48,8 @@ def _lengths(spec: Input, rows: Sequence[np.ndarray]) -> Iterator[Feeds]:
     yield preprocess.collate(ordered[:1], spec)
     yield preprocess.collate(ordered[-1:], spec)
     tokens = np.concatenate(ordered, axis=-1)
+    shortest = preprocess.length(ordered[0], spec)
     for bucket in spec.buckets:
-        if bucket <= LONG or bucket == spec.buckets[-1]:
+        if bucket >= shortest and (bucket <= LONG or bucket == spec.buckets[-1]):
             filling = np.take(tokens, np.arange(bucket), axis=-1, mode="wrap")
             yield preprocess.collate([filling, ordered[0]], spec, bucket)
