@@ -26,7 +26,7 @@ def model_metadata(model: ServedModel, versions: Sequence[int]) -> pb.ModelMetad
 
 def model_config(model: ServedModel) -> pb.ModelConfig:
     """How the model is run."""
-    gpu = model.device == "cuda"
+    gpu = model.device != "cpu"
     config = pb.ModelConfig(
         name=model.name,
         platform=model.platform,

@@ -25,7 +25,7 @@ class ServedModel:
     name: str
     version: int
     platform: Literal["edgeward_bundle", "onnxruntime_onnx"]
-    device: Literal["cpu", "cuda"]
+    device: Literal["cpu", "cuda", "tensorrt"]
     source: Path
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
