@@ -1,9 +1,10 @@
-"""The accuracy report: report.json in the bundle, and the table on the terminal."""
+"""The accuracy report: report.json in the bundle, and what it says on the terminal."""
 
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -141,21 +142,22 @@ def key(record: GateRecord) -> str:
 
 def render(report: Report) -> Group:
     """The report as tables for a terminal."""
-    return Group(_candidates(report), _accuracy(report), Text(_sentence(report)))
+    return Group(_candidates(report), _accuracy(report), Text(headline(report)))
 
 
 def _candidates(report: Report) -> Table:
-    table = Table(title=f"{report.name} version {report.version}: variants, one example at a time")
+    table = Table(title=f"{report.name} version {report.version}: variants", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     gated = [key(record) for record in report.comparison]
-    measured = [f"{_words(name)} on selection" for name in gated]
-    for column in ("variant", "MB", "p50 ms", "× fp32", "95% upper", *measured, "batch-invariant", ""):
-        table.add_column(column, justify="left" if column in ("variant", "") else "right")
+    lost = [f"{words(name)} lost, {'%' if is_error(name) else 'points'}" for name in gated]
+    for column in ("variant", "MB", "p50 ms", "× fp32", "rows/s", *lost, "any batch", ""):
+        table.add_column(column, justify="left" if column in ("variant", "") else "right", overflow="fold")
     for one in report.candidates:
         table.add_row(
             one.name,
-            f"{one.bytes / 1e6:.1f}",
-            *(f"{x:.2f}" for x in _times(one)),
-            *(f"{one.selection[name]:.4g}" if name in one.selection else "" for name in gated),
+            f"{one.bytes / 1e6:.1f}" if one.bytes else "–",
+            *_time(one.latency),
+            "–" if one.rows_per_s is None else f"{one.rows_per_s:.0f}",
+            *(_lost(one, name) for name in gated),
             "yes" if one.batch_invariant else "no",
             one.outcome,
             style="bold" if one.outcome == "shipped" else "",
@@ -163,65 +165,101 @@ def _candidates(report: Report) -> Table:
     return table
 
 
-def _times(one: Candidate) -> tuple[float, float, float]:
-    latency = one.latency
-    return (latency.p50_ms, latency.ratio, latency.ratio_upper) if latency else (np.nan, np.nan, np.nan)
+def _time(latency: Latency | None) -> tuple[str, str]:
+    """Of one run, and as a share of fp32's with the upper end of its interval."""
+    return (f"{latency.p50_ms:.2f}", f"{latency.ratio:.2f} ≤ {latency.ratio_upper:.2f}") if latency else ("–", "–")
+
+
+def _lost(one: Candidate, name: str) -> str:
+    """Drop on the selection split, and its upper bound."""
+    if name not in one.selection_drop:
+        return "–"
+    interval = one.selection_drop_interval.get(name)
+    return f"{100 * one.selection_drop[name]:+.2f}" + (f" ≤ {100 * interval[1]:.2f}" if interval else "")
 
 
 def _accuracy(report: Report) -> Table:
-    table = Table(title=f"on {report.examples['gate']} held-out examples (gate split)")
-    for column in ("", "PyTorch", f"served ({report.shipped})", "drop", "95% upper bound"):
+    table = Table(
+        title=f"on {report.examples['gate']} held-out examples (gate split)", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for column in ("", "PyTorch", report.shipped, "lost", "at most"):
         table.add_column(column, justify="right" if column else "left")
+    for row in accuracy(report):
+        table.add_row(*row)
+    return table
+
+
+def accuracy(report: Report) -> list[tuple[str, str, str, str, str]]:
+    """Every metric on the gate split as words: its name, of PyTorch, of what ships, the loss, its upper bound."""
     compared = {key(record): record for record in report.comparison}
+    rows = []
     for name, before in report.pytorch.items():
         if name.rpartition(".")[2] == "loss":
             continue
         after, record = report.served[name], compared.get(name)
         worse = before - after if evaluate.better(name, 1, 0) else after - before
-        change = f"{worse:+.4f}" if record is None else _amount(record, record.drop, sign="+")
-        upper = "" if record is None else _amount(record, record.drop_upper)
-        table.add_row(_words(name), f"{before:.4f}", f"{after:.4f}", change, upper)
-    return table
+        lost = ("" if np.isnan(worse) else f"{worse:+.4g}") if record is None else amount(name, record.drop, sign="+")
+        upper = "" if record is None else amount(name, record.drop_upper)
+        rows.append((words(name), _value(before), _value(after), lost, upper))
+    return rows
 
 
-def _words(name: str) -> str:
+def _value(value: float) -> str:
+    return f"{value:.4f}" if np.isfinite(value) else "not defined"
+
+
+def words(name: str) -> str:
     """A metric as people write it."""
     task, _, bare = name.rpartition(".")
-    bare = {"rmse": "RMSE", "mae": "MAE", "r2": "R²"}.get(bare, bare.replace("_", " ").replace("f1", "F1"))
+    bare = {"rmse": "RMSE", "mae": "MAE", "r2": "R²", "mcc": "MCC", "auroc": "AUROC"}.get(
+        bare, bare.replace("_", " ").replace("f1", "F1")
+    )
     return f"{task} {bare}".strip()
 
 
-def _amount(record: GateRecord, drop: float, sign: Literal["", "+"] = "") -> str:
-    """A drop in the unit of its metric: a fraction, or percent of an RMSE."""
-    return f"{100 * drop:{sign}.2f}%" if record.metric == "rmse" else f"{drop:{sign}.4f}"
+def is_error(name: str) -> bool:
+    """Whether a metric is an error, whose drop is its relative increase."""
+    return evaluate.better(name, 0, 1)
 
 
-def _sentence(report: Report) -> str:
+def amount(name: str, drop: float, sign: Literal["", "+"] = "") -> str:
+    """A drop of a metric in its unit: points, or percent of an error."""
+    return f"{100 * drop:{sign}.2f}{'%' if is_error(name) else ' points'}"
+
+
+def headline(report: Report) -> str:
+    """One sentence: what ships, what it saves, what it costs, how sure that is."""
     if not report.gate:
-        return f"No int8 variant was worth a gate; fp32 ships, equal to PyTorch within {report.parity.served:.1g}."
-    tried = next(
-        one.name for one in report.candidates if one.outcome in ("shipped", "not passed") and one.name != "fp32"
-    )
-    worst = gate.closest(report.gate)
-    several = f"{len(report.gate)} tasks, the closest to failing " if len(report.gate) > 1 else ""
-    verdict = f"Gate {worst.verdict}: {several}{describe(worst, tried)}."
-    if worst.verdict == "INCONCLUSIVE":
-        verdict += f" With {worst.examples} examples that is undecided; {needed(worst)}."
-    return verdict if worst.verdict == "PASS" else f"{verdict} fp32 ships."
+        return f"fp32 ships: no other variant was worth a gate. It equals PyTorch within {report.parity.served:.1g}."
+    worst, tried = gate.closest(report.gate), gated(report)
+    several = f"of {len(report.gate)} tasks the closest to failing is " if len(report.gate) > 1 else ""
+    if report.shipped != tried.name:
+        undecided = f" ({needed(worst)})" if worst.verdict == "INCONCLUSIVE" else ""
+        return f"{report.shipped} ships: {several}{describe(worst, tried.name)}{undecided}."
+    saved = f"{tried.latency.ratio:.2f} of fp32's time; " if tried.latency else ""
+    return f"{tried.name} ships: {saved}{several}{describe(worst, 'it')}."
+
+
+def gated(report: Report) -> Candidate:
+    """The one candidate that was gated; of a report with a gate."""
+    tried = [one for one in report.candidates if one.name != "fp32" and one.outcome in ("shipped", "not passed")]
+    return tried[0]
 
 
 def describe(record: GateRecord, variant: str) -> str:
     """What a gate record says, as a clause."""
     task = f"{record.task}: " if record.task else ""
-    numbers = (100 * record.drop, 100 * record.drop_upper, 100 * record.budget)
-    if record.metric == "rmse":
-        change, most, budget = (f"{number:.2f}%" for number in numbers)
-        changed = f"{variant} raised the RMSE by {change}"
-    else:
-        change, most, budget = (f"{number:.2f}" for number in numbers)
-        of = "" if record.metric == "accuracy" else f" of {_words(record.metric)}"
-        changed = f"{variant} lost {change} points{of}"
-    return f"{task}{changed}, at most {most} with {record.confidence:.0%} confidence; the budget is {budget}"
+    lost = f"{'lost' if record.drop >= 0 else 'gained'} {amount(record.metric, abs(record.drop))}"
+    return f"{task}{variant} {lost}{_of(record)}, {_bound(record)}"
+
+
+def _of(record: GateRecord) -> str:
+    return "" if record.metric == "accuracy" else f" of {words(record.metric)}"
+
+
+def _bound(record: GateRecord) -> str:
+    most, budget = (amount(record.metric, drop).removesuffix(" points") for drop in (record.drop_upper, record.budget))
+    return f"at most {most} with {record.confidence:.0%} confidence; the budget is {budget}"
 
 
 def needed(record: GateRecord) -> str:
