@@ -1,0 +1,182 @@
+"""Quantized files of any origin, judged in one run: on the same held-out examples, and in turns with the same fp32."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers.prepare import opened, rows_of
+from bundle import preprocess
+from bundle.errors import EdgewardError
+from bundle.host import cpu_count
+from bundle.manifest import GateRecord, Input, Task
+from bundle.model import predict_logits
+from bundle.session import Session
+from export.gate import judge_tasks
+from export.graph import joined
+from export.timing import Timing, interleaved
+from finetune import evaluate
+from finetune.target import Target
+
+TIMED = 32  # examples that are timed in turns
+VERDICTS = ("PASS", "INCONCLUSIVE", "FAIL")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a tool made of the fp32 graph, and how."""
+
+    name: str
+    model: Path | None  # none: it failed
+    options: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    seconds: float | None = None
+    peak_mib: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A made file, judged; without a record it could not be."""
+
+    made: Made
+    record: GateRecord | None = None
+    timing: Timing | None = None
+    threads: int = 0
+    mb: float = 0.0
+    error: str | None = None
+
+    @property
+    def point(self) -> tuple[float, float] | None:
+        """Its drop of accuracy and its latency's ratio to fp32's; the smaller, the better."""
+        return (self.record.drop, self.timing.ratio) if self.record and self.timing else None
+
+
+class Judge:
+    """The held-out examples of a checkpoint, what PyTorch says of them, and the fp32 graph."""
+
+    def __init__(self, checkpoint: Path, fp32: bytes, budget: float) -> None:
+        loaded, dataset = opened(checkpoint)
+        rows, indices = rows_of(loaded, dataset, "gate")
+        self.budget = budget
+        self._spec: Input = loaded.spec.input
+        self._tasks: tuple[Task, ...] = loaded.spec.tasks
+        self._rows: Sequence[np.ndarray] = list(rows)
+        self._targets: tuple[Target, ...] = tuple(target.take(indices) for target in dataset.targets)
+        self._reference = evaluate.logits(loaded.network, self._rows, self._spec)
+        self._fp32 = Session(fp32, device="cpu")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, made: Made) -> Row:
+        """Judge one file, one example a run; with one thread and with all, of which the faster counts."""
+        if made.model is None:
+            return Row(made, error=made.error)
+        try:
+            graph = made.model.read_bytes()
+            timing, session = self._fastest(graph)
+            outputs = predict_logits(session, self._spec, self._rows, batch_invariant=False)
+            logits = joined(outputs, self._tasks)
+        except (EdgewardError, KeyError) as error:  # KeyError: it lost the names of its outputs
+            return Row(made, error=f"{type(error).__name__}: {error}")
+        (record,) = judge_tasks(self._tasks, self._targets, self._reference, logits, budget=self.budget)
+        return Row(made, record, timing, session.threads, len(graph) / 1e6)
+
+    def _fastest(self, graph: bytes) -> tuple[Timing, Session]:
+        feeds = [preprocess.collate([row], self._spec) for row in self._rows[:TIMED]]
+        sessions = [Session(graph, device="cpu", threads=threads) for threads in sorted({1, cpu_count()})]
+        timed = [(interleaved(session, self._fp32, feeds), session) for session in sessions]
+        return min(timed, key=lambda each: each[0].ratio)
+
+
+def front(points: Mapping[str, tuple[float, float]]) -> set[str]:
+    """Those on the Pareto front: no other is at least as good in both and better in one."""
+
+    def beaten(point: tuple[float, float]) -> bool:
+        return any(
+            other != point and all(theirs <= own for theirs, own in zip(other, point, strict=True))
+            for other in points.values()
+        )
+
+    return {name for name, point in points.items() if not beaten(point)}
+
+
+def ranked(rows: Sequence[Row]) -> list[Row]:
+    """By verdict, then the fastest first; what could not be judged comes last."""
+
+    def key(row: Row) -> tuple[int, float]:
+        if row.record is None or row.timing is None:
+            return len(VERDICTS), 0.0
+        return VERDICTS.index(row.record.verdict), row.timing.ratio
+
+    return sorted(rows, key=key)
+
+
+def best(rows: Sequence[Row]) -> set[str]:
+    """The names of the rows on the front."""
+    return front({row.made.name: row.point for row in rows if row.point is not None})
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown, ranked; the names of those on the front are bold."""
+    head = (
+        "| | verdict | drop, points (95% upper) | × fp32 (95% upper) | p50 ms | threads | MB | made in s | peak MiB |"
+    )
+    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
+    bold = best(rows)
+    for row in ranked(rows):
+        name = f"**{row.made.name}**" if row.made.name in bold else row.made.name
+        cost = " | ".join("" if value is None else f"{value:.0f}" for value in (row.made.seconds, row.made.peak_mib))
+        lines.append(f"| {name} | {_judged(row)} | {cost} |")
+    notes = [f"- {row.made.name}: {_note(row)}" for row in ranked(rows)]
+    return "\n".join([*lines, "", *notes])
+
+
+def _judged(row: Row) -> str:
+    if row.record is None or row.timing is None:
+        return "error | | | | | "
+    record, timing = row.record, row.timing
+    return (
+        f"{record.verdict} | {100 * record.drop:+.2f} ({100 * record.drop_upper:.2f}) | "
+        f"{timing.ratio:.2f} ({timing.ratio_upper:.2f}) | {timing.p50_ms:.2f} | {row.threads} | {row.mb:.1f}"
+    )
+
+
+def _note(row: Row) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in row.made.versions.items())
+    what = row.error or row.made.options
+    return f"{what} ({versions})" if versions else what
+
+
+def plain(row: Row, on_front: bool) -> dict[str, Any]:
+    """A row as JSON has it."""
+    record, timing, made = row.record, row.timing, row.made
+    judged: dict[str, Any] = {"error": row.error}
+    if record and timing:
+        judged = {
+            "verdict": record.verdict,
+            "examples": record.examples,
+            "accuracy": record.served,
+            "pytorch": record.reference,
+            "drop": record.drop,
+            "drop_upper": record.drop_upper,
+            "disagreement": record.disagreement,
+            "ratio": timing.ratio,
+            "ratio_upper": timing.ratio_upper,
+            "p50_ms": timing.p50_ms,
+            "fp32_p50_ms": timing.reference_p50_ms,
+            "threads": row.threads,
+            "mb": row.mb,
+            "front": on_front,
+        }
+    return {
+        "name": made.name,
+        "options": made.options,
+        "versions": dict(made.versions),
+        "seconds": made.seconds,
+        "peak_mib": made.peak_mib,
+        **judged,
+    }
