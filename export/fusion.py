@@ -60,6 +60,17 @@ def fusions(graph: bytes) -> dict[str, int]:
     return dict(sorted((+counts).items()))
 
 
+def forget_shapes(model: onnx.ModelProto) -> None:
+    """Drop the noted shapes, in place, which inference trips over where they are stale.
+
+    Those of other operators than ONNX's are kept: nobody could infer them again, nor what follows from them.
+    """
+    known = {name for node in model.graph.node if node.domain not in _STANDARD for name in node.output}
+    shapes = [value for value in model.graph.value_info if value.name in known]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(shapes)
+
+
 def _fuse_attention(model: ir.Model) -> dict[str, int]:
     softmaxes = sum(node.op_type == "Softmax" for node in model.graph)
     if not softmaxes:

@@ -16,7 +16,7 @@ from bundle.outputs import logits_widths
 from bundle.session import Session
 from export.batches import SIZES, parity_batches, parity_sizes
 from export.fold import folded
-from export.fusion import fused
+from export.fusion import forget_shapes, fused
 from export.quiet import silenced
 from finetune.model import Network
 from finetune.target import columns
@@ -114,14 +114,11 @@ def _traced(values: np.ndarray) -> Tensor:
 
 def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
     """A model without what the exporter notes beside it: where on its disk each node came from, and stale shapes."""
-    known = {name for node in model.graph.node if node.domain for name in node.output}
-    shapes = [value for value in model.graph.value_info if value.name in known]  # which onnx could not infer
-    del model.graph.value_info[:]  # stale after the exporter's own optimisation; shape inference trips over it
-    model.graph.value_info.extend(shapes)
+    forget_shapes(model)
     del model.metadata_props[:], model.graph.metadata_props[:]
     for node in model.graph.node:
         del node.metadata_props[:]
-    for value in (*model.graph.input, *model.graph.output, *shapes):
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         del value.metadata_props[:]
     return model
 

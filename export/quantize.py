@@ -18,6 +18,8 @@ from bundle.errors import EdgewardError, ModelError
 from bundle.manifest import Input
 from bundle.session import optimized
 from export import ranges
+from export.correction import corrected as corrected
+from export.fusion import forget_shapes
 from export.placement import CONVOLUTIONAL, DENSE, HEAVY, activations, placed
 from export.placement import Group as Group
 from export.placement import groups as groups
@@ -35,7 +37,7 @@ def prepared(graph: bytes) -> bytes:
         ModelError: the runtime cannot load it.
     """
     model = onnx.load_from_string(optimized(graph, level="basic"))
-    del model.graph.value_info[:]  # of before the folding; shape inference trips over what is stale
+    forget_shapes(model)  # of before the folding
     seen: set[str] = set()
     for i, node in enumerate(model.graph.node):
         if not node.name or node.name in seen:
