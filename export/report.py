@@ -142,14 +142,15 @@ def key(record: GateRecord) -> str:
 
 def render(report: Report) -> Group:
     """The report as tables for a terminal."""
-    return Group(_candidates(report), _accuracy(report), Text(headline(report)))
+    verdict = f"Gate {gate.closest(report.gate).verdict}: " if report.gate else ""
+    return Group(_candidates(report), _accuracy(report), Text(verdict + headline(report)))
 
 
 def _candidates(report: Report) -> Table:
     table = Table(title=f"{report.name} version {report.version}: variants", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     gated = [key(record) for record in report.comparison]
     lost = [f"{words(name)} lost, {'%' if is_error(name) else 'points'}" for name in gated]
-    for column in ("variant", "MB", "p50 ms", "× fp32", "rows/s", *lost, "any batch", ""):
+    for column in ("variant", "MB", "p50 ms", "× fp32", "rows/s", *lost, "batched", ""):
         table.add_column(column, justify="left" if column in ("variant", "") else "right", overflow="fold")
     for one in report.candidates:
         table.add_row(
