@@ -132,7 +132,7 @@ def interpreter(script: str) -> str:
         print(f"{folder} ...", file=sys.stderr)
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
         subprocess.run([*pip, "-r", str(requirements)], check=True)
         (folder / "finished").touch()
     return str(python)
@@ -149,7 +149,8 @@ def make(name: str, out: Path) -> dict[str, Any]:
     home.mkdir(exist_ok=True)
     script = str(HERE / "peers" / PEERS[name])
     command = [python, script, str(work), str(results), name]
-    return measured(command, results / f"{name}.log", os.environ | SILENT | {"HOME": str(home)})
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    return measured(command, results / f"{name}.log", environment | SILENT | {"HOME": str(home)})
 
 
 def export(out: Path) -> dict[str, Any]:

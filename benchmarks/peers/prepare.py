@@ -12,8 +12,6 @@ from benchmarks.peers.work import Job, write_feeds, write_job
 from bundle import preprocess
 from bundle.host import cpu_count
 from bundle.manifest import ImageInput
-from examples.digits import digits, enlarged, turned
-from examples.tweets import tweets
 from export import graph
 from finetune.checkpoint import Checkpoint, load_checkpoint
 from finetune.data import Dataset, load_dataset
@@ -29,6 +27,9 @@ MOST_DEGREES = 15.0
 
 def write_data(path: Path, task: str, rows: int) -> None:
     """A table of tweets, or class folders of digits: each once as it is, then turned."""
+    from examples.digits import digits, enlarged, turned
+    from examples.tweets import tweets
+
     if task == "tweets":
         path.mkdir(parents=True)
         with (path / "tweets.csv").open("w", encoding="utf-8", newline="") as file:
