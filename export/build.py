@@ -1,20 +1,35 @@
 """Checkpoint, or any ONNX model -> bundle: the stage as one function, from ExportConfig to ExportResult."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkstemp
 
+import msgspec
 import numpy as np
 
-from bundle import preprocess, store
+from bundle import preprocess, store, vector
 from bundle.errors import BundleError, GateFailed, OutputExists
-from bundle.manifest import FORMAT_VERSION, GateRecord, Manifest, Variant, to_json
+from bundle.manifest import (
+    FORMAT_VERSION,
+    GateRecord,
+    ImageInput,
+    Manifest,
+    TensorsInput,
+    TextInput,
+    Variant,
+    VectorInput,
+    WordsInput,
+    to_json,
+)
 from export import gate, goldens, report, timing
 from export.add import add_variant, check_same_model
 from export.config import ExportConfig as ExportConfig
 from export.describe import describe
 from export.examples import read_examples
 from export.ladder import REFIT
+from export.page import Content, ShownFlip, page
 from export.search import Findings, fits, search
 from export.source import Source, open_source
 from export.target import Target, resolve
@@ -118,7 +133,36 @@ def _refusal(variant: str, record: GateRecord) -> str:
 
 
 def _write_report(path: Path, described: report.Report, source: Source) -> None:
-    path.write_bytes(to_json(described))
+    """As a page with the flipped examples when the path ends so, else as JSON; whole or not at all."""
+    data = to_json(described)
+    if path.suffix == ".html":
+        data = page(described, [ShownFlip(flip, _content(source, flip.example)) for flip in described.flips]).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, beside = mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        Path(beside).chmod(0o644)
+        Path(beside).replace(path)
+    finally:
+        Path(beside).unlink(missing_ok=True)
+
+
+def _content(source: Source, example: int) -> Content | None:
+    """What a reader sees of an example; nothing of tensors, whose meaning is not known."""
+    raw = source.raw(example)
+    match source.spec:
+        case TextInput(pair=str()):
+            return " ⏐ ".join(msgspec.json.decode(raw, type=tuple[str, str]))
+        case TextInput() | WordsInput():
+            return raw.decode(errors="replace")
+        case ImageInput():
+            return raw
+        case VectorInput() as spec:
+            numbers: list[float] = vector.decode(raw, spec).tolist()
+            return numbers
+        case TensorsInput():
+            return None
 
 
 def _goldens(config: ExportConfig, source: Source) -> list[bytes]:
@@ -176,6 +220,7 @@ def _write_bundle(
     with store.new_directory(config.out) as folder:
         (folder / variant.file).write_bytes(shipped.graph)
         (folder / REPORT).write_bytes(to_json(described))
+        (folder / PAGE).write_text(page(described), encoding="utf-8")
         for beside, data in source.files.items():
             (folder / beside).write_bytes(data)
         manifest = Manifest(

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+from bundle import preprocess
 from bundle.errors import ModelError
 from bundle.manifest import ImageInput, Input
 from export import half, quantize, ranges
@@ -140,7 +141,8 @@ class Compiler:
             case "fp32":
                 return source.graph
             case "fp16":
-                return half.fp16(source.graph)
+                feeds = [preprocess.collate([row], source.spec) for row in source.sample]
+                return half.fp16(source.graph, feeds)
             case "dynamic":
                 return quantize.int8_dynamic(source.graph)
             case "refit":

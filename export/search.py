@@ -195,6 +195,8 @@ def _gate(candidates: Sequence[Candidate], failed: dict[Recipe, str], chosen: Ca
         if worst.verdict != "PASS":
             shipped = candidates[0]
             logits = shipped.predict(held_out, source)
-    checked = robustness.check_robustness(shipped.graph, shipped.session, source.spec, source.sample)
+    checked = robustness.check_robustness(
+        shipped.graph, shipped.session, source.spec, source.sample, reference=bench.reference
+    )
     batches = dict.fromkeys(bench.at_batch(shipped, batch) for batch in BATCHES)
     return Findings(tuple(candidates), failed, chosen, gated, shipped, held_out, logits, checked, tuple(batches))
