@@ -115,7 +115,7 @@ def measured(command: list[str], log: Path, environment: dict[str, str]) -> dict
     told: dict[str, Any] = {"seconds": time.perf_counter() - start, "peak_mib": usage.ru_maxrss / 1024}
     if process.returncode:
         lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-        told["error"] = f"exit code {process.returncode}: {lines[-1][:300]}"
+        told["error"] = f"exit code {process.returncode} after {told['seconds']:.0f} s: {lines[-1][:300]}"
     return told
 
 
@@ -169,9 +169,9 @@ def export(out: Path) -> dict[str, Any]:
 
 
 def make_result(name: str, out: Path) -> None:
-    """results/NAME.json, unless it is there."""
+    """results/NAME.json, unless it is there; a peer that could not be installed is tried again."""
     path = out / "results" / f"{name}.json"
-    if path.exists() and "seconds" in json.loads(path.read_bytes()):
+    if path.exists() and json.loads(path.read_bytes()).get("seconds") is not None:
         return
     path.unlink(missing_ok=True)
     print(f"{name} ...", file=sys.stderr)

@@ -122,10 +122,8 @@ def best(rows: Sequence[Row]) -> set[str]:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown, ranked; the names of those on the front are bold."""
-    head = (
-        "| | verdict | drop, points (95% upper) | × fp32 (95% upper) | p50 ms | threads | MB | made in s | peak MiB |"
-    )
-    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
+    measures = ("drop, points (95% upper)", "× fp32 (95% upper)", "p50 ms", "threads", "MB", "made in s", "peak MiB")
+    lines = [f"| | verdict | {' | '.join(measures)} |", "|---" * (len(measures) + 2) + "|"]
     bold = best(rows)
     for row in ranked(rows):
         name = f"**{row.made.name}**" if row.made.name in bold else row.made.name

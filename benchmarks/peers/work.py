@@ -98,7 +98,7 @@ def write_job(folder: Path, job: Job) -> None:
 
 def write_feeds(folder: Path, number: int, feeds: Mapping[str, np.ndarray]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / f"{number:05}.npz", **feeds)
+    np.savez(folder / f"{number:05}.npz", **feeds)  # type: ignore[arg-type]  # allow_pickle is no tensor
 
 
 def _feeds(folder: Path) -> Iterator[Feeds]:
