@@ -95,7 +95,7 @@ def test_limits_are_kept_or_nothing_is_written(checkpoint, tmp_path):
         max_latency_ms=0.1,
         report=tmp_path / "r.json",
     )
-    with pytest.raises(GateFailed, match="at most 0.1 ms .*No bundle was written") as caught:
+    with pytest.raises(GateFailed, match=r"at most 0.1 ms .*No bundle was written") as caught:
         export_checkpoint(config, timer=clock(1.0, 0.9, 0.5))
     assert caught.value.exit_code == 3
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
