@@ -185,6 +185,8 @@ class GateRecord(Record, frozen=True, kw_only=True):
     reference: float  # the metric in PyTorch
     served: float  # the metric of the variant
     drop: float  # reference - served; of rmse (served - reference) / reference
+    lost: int | None = None  # examples that only PyTorch got right; none of a metric that is no fraction of examples
+    won: int | None = None  # examples that only the variant got right
     drop_lower: float | None = None  # one-sided confidence bounds of the drop
     drop_upper: float
     budget: float  # largest drop that passes

@@ -35,6 +35,7 @@ def describe(config: ExportConfig, name: str, source: Source, findings: Findings
         format_version=report.FORMAT_VERSION,
         name=name,
         version=config.version,
+        reference=source.reference,
         shipped=shipped.name,
         budget=config.max_drop / 100,
         confidence=config.confidence,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
 
+import msgspec
 import numpy as np
 
 from bundle import outputs
@@ -149,9 +150,10 @@ def judge(
     lower, upper = drop_bounds(lost, won, n, confidence)
     found = Bounds(float(np.mean(right)), float(np.mean(right_now)), (lost - won) / n, lower, upper, upper)
     terms = Terms("accuracy" if truth.ndim == 1 else "exact_match", budget, confidence, task)
-    return _record(
+    record = _record(
         terms, found, ~_same(reference, candidate), lambda: examples_needed(lost, won, n, budget, confidence)
     )
+    return msgspec.structs.replace(record, lost=lost, won=won)
 
 
 def judge_resampled(terms: Terms, comparison: Comparison, changed: np.ndarray) -> GateRecord:

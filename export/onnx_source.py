@@ -95,6 +95,7 @@ def open_onnx(config: ExportConfig) -> Source:
         raw=dataset.raw,
         files=files,
         refit=None,
+        reference="the original",
         model=path.name,
         data=dataset.location,
         data_sha256=dataset.sha256,

@@ -36,13 +36,13 @@ class ShownFlip:
 
 @dataclass(frozen=True)
 class Paired:
-    """How many examples either got right, of one gate record; two numbers are the least and the most."""
+    """How many examples either got right, of one gate record."""
 
     record: GateRecord
-    both: tuple[int, int]
-    lost: tuple[int, int]  # only the reference
-    won: tuple[int, int]  # only the candidate
-    neither: tuple[int, int]
+    both: int
+    lost: int  # only the reference
+    won: int  # only the candidate
+    neither: int
     changed: int  # answers
 
 
@@ -76,7 +76,7 @@ def page(described: Report, flips: Sequence[ShownFlip] = ()) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "cut": cut, "change": change, "range": between}
+    environment.filters |= {"number": number, "cut": cut, "change": change}
     template = environment.from_string(resources.files("export").joinpath(_TEMPLATE).read_text(encoding="utf-8"))
     return template.render(
         report=described,
@@ -92,7 +92,7 @@ def page(described: Report, flips: Sequence[ShownFlip] = ()) -> str:
         pictures=[drawn for size in ((1040, 460), (400, 420)) if (drawn := picture.draw(described, *size))],
         accuracy=report.accuracy(described),
         gated=report.gated(described).name if described.gate else described.shipped,
-        pairs=[pair for record in described.gate or described.comparison if (pair := paired(record, described.flips))],
+        pairs=[pair for record in described.gate or described.comparison if (pair := paired(record))],
         differences=[difference(confusion) for confusion in described.confusion],
         robustness=robust(described.robustness),
         flips=[(shown.flip, *_media(shown.content)) for shown in flips or map(ShownFlip, described.flips)],
@@ -132,34 +132,18 @@ def cut(text: str, most: int = LONGEST_LABEL) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def between(ends: tuple[int, int]) -> str:
-    """A number that is known, or the least and the most that it can be."""
-    return f"{ends[0]:,}" if ends[0] == ends[1] else f"{ends[0]:,} to {ends[1]:,}"
-
-
-def paired(record: GateRecord, flips: Sequence[Flip]) -> Paired | None:
-    """The paired counts of a gate record; None of one that does not count right answers.
-
-    A record holds how many answers changed, and by how much lost exceeds won; a change from one wrong answer to another
-    is in the first alone. Where all changed answers are among the flips they are counted, otherwise bounded.
-    """
-    if record.metric not in ("accuracy", "exact_match"):
+def paired(record: GateRecord) -> Paired | None:
+    """The paired counts of a gate record; None of one that does not count right answers."""
+    if record.lost is None or record.won is None:
         return None
-    n = record.examples
-    right, changed = round(record.reference * n), round(record.disagreement * n)
-    more = round(record.drop * n)  # lost - won
-    ours = [flip for flip in flips if flip.task == record.task]
-    least, most = max(more, 0), (changed + more) // 2
-    counted = sum(flip.pytorch == flip.truth for flip in ours)
-    if len(ours) == changed and counted - sum(flip.served == flip.truth for flip in ours) == more:
-        least = most = counted
+    right = round(record.reference * record.examples)
     return Paired(
         record=record,
-        both=(right - most, right - least),
-        lost=(least, most),
-        won=(least - more, most - more),
-        neither=(n - right - (most - more), n - right - (least - more)),
-        changed=changed,
+        both=right - record.lost,
+        lost=record.lost,
+        won=record.won,
+        neither=record.examples - right - record.won,
+        changed=round(record.disagreement * record.examples),
     )
 
 

@@ -71,6 +71,7 @@ class Report(Record, frozen=True, kw_only=True):
     format_version: int
     name: str
     version: int
+    reference: str = "PyTorch"  # what everything is held to
     shipped: str
     budget: float  # largest drop that passes: of a fraction of right answers, or relative to an error
     confidence: float
@@ -183,7 +184,7 @@ def _accuracy(report: Report) -> Table:
     table = Table(
         title=f"on {report.examples['gate']} held-out examples (gate split)", box=box.SIMPLE_HEAD, pad_edge=False
     )
-    for column in ("", "PyTorch", report.shipped, "lost", "at most"):
+    for column in ("", report.reference, report.shipped, "lost", "at most"):
         table.add_column(column, justify="right" if column else "left")
     for row in accuracy(report):
         table.add_row(*row)
@@ -231,7 +232,8 @@ def amount(name: str, drop: float, sign: Literal["", "+"] = "") -> str:
 def headline(report: Report) -> str:
     """One sentence: what ships, what it saves, what it costs, how sure that is."""
     if not report.gate:
-        return f"fp32 ships: no other variant was worth a gate. It equals PyTorch within {report.parity.served:.1g}."
+        equal = f"It equals {report.reference} within {report.parity.served:.1g}."
+        return f"fp32 ships: no other variant was worth a gate. {equal}"
     worst, tried = gate.closest(report.gate), gated(report)
     several = f"of {len(report.gate)} tasks the closest to failing is " if len(report.gate) > 1 else ""
     if report.shipped != tried.name:

@@ -65,6 +65,7 @@ class Source:
         raw: a raw example, by its index in the data.
         files: what preprocessing reads beside the manifest, by name.
         refit: makes the static int8 graph with a head fitted to it; None of what is not a checkpoint.
+        reference: what the graph is held to, in a word or two.
         model: as it was named.
         data: where it is.
         data_sha256: its digest.
@@ -83,6 +84,7 @@ class Source:
     raw: Callable[[int], bytes]
     files: dict[str, bytes]
     refit: Callable[[], bytes] | None
+    reference: str
     model: str
     data: str
     data_sha256: str
@@ -137,6 +139,7 @@ def open_checkpoint(config: ExportConfig) -> Source:
         raw=dataset.raw,
         files=_input_files(checkpoint),
         refit=lambda: refit.int8_static_refit(checkpoint, dataset, calibration),
+        reference="PyTorch",
         model=getattr(checkpoint.spec.model, "name", "mlp"),
         data=dataset.location,
         data_sha256=dataset.sha256,
