@@ -10,7 +10,7 @@ from olive.data.registry import Registry
 from olive.workflows import run
 from work import Feeds, Work, opened
 
-SAMPLES = 8  # of the search
+DRAWS = 12  # of the search; some are invalid, some come again and cost nothing
 
 
 class Examples(BaseDataset):
@@ -80,13 +80,16 @@ def optimize(work: Work, folder: str) -> tuple[str, str]:
         described = "OnnxStaticQuantization, QDQ, U8S8, per channel, MinMax"
     chosen: dict[str, Any] = {"passes": {"quantization": one}}
     if work.name == "olive-search":
-        described = f"OnnxQuantization, search of {SAMPLES} samples by TPE, max-degradation {work.job.budget:g}"
+        described = f"OnnxQuantization, search, {DRAWS} draws by TPE, max-degradation {work.job.budget:g}"
+        searched = {"type": "OnnxQuantization", "data_config": "calibration"}
+        if work.job.kind == "text":
+            searched["calibrate_method"] = "MinMax"  # the others need texts of one length, or fail
         chosen = {
-            "passes": {"quantization": {"type": "OnnxQuantization", "data_config": "calibration"}},
+            "passes": {"quantization": searched},
             "search_strategy": {
                 "execution_order": "joint",
                 "sampler": "tpe",
-                "max_iter": SAMPLES,
+                "max_iter": DRAWS,  # max_samples does not end it
                 "sampler_config": {"seed": 0},
             },
             "evaluators": {"evaluator": evaluator(work)},
