@@ -38,7 +38,7 @@ PEERS = {  # the script of each; with_NAME.txt beside it says what it needs, wit
     "optimum": "with_optimum.py",
 }
 ROWS = {"tweets": 6000, "resnet18": 3600, "mobilenet": 3600, "lite0": 3600}
-LIMIT_S = 3600.0  # of one peer
+LIMIT_S = 7200.0  # of one step
 SILENT = {
     "CI": "true",  # Olive sends a first message before it reads its own variable, but not where this one is set
     "DO_NOT_TRACK": "1",
