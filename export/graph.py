@@ -14,6 +14,7 @@ from bundle.errors import GateFailed, ModelError
 from bundle.manifest import Input, Record, Task
 from bundle.outputs import logits_widths
 from bundle.session import Session
+from export import refusal
 from export.batches import SIZES, parity_batches, parity_sizes
 from export.fold import folded
 from export.fusion import forget_shapes, fused
@@ -79,12 +80,14 @@ def to_onnx(
     feeds = preprocess.collate(list(rows[:2]), spec, length)  # a batch of one would be taken for a constant
     axes = ("batch", "length", "", "")
     shapes = tuple({i: axes[i] for i, size in enumerate(tensor.shape) if size == -1} for tensor in inputs)
+    module = _Outputs(folded(network), tasks, features).eval()
+    tensors = tuple(_traced(feeds[tensor.name]) for tensor in inputs)
     try:
         with warnings.catch_warnings(), silenced():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                _Outputs(folded(network), tasks, features).eval(),
-                tuple(_traced(feeds[tensor.name]) for tensor in inputs),
+                module,
+                tensors,
                 input_names=[tensor.name for tensor in inputs],
                 output_names=names,
                 dynamic_shapes=(shapes,),  # one tuple for *inputs
@@ -94,8 +97,8 @@ def to_onnx(
                 verbose=False,
             )
     except Exception as error:  # torch.export and onnxscript raise many classes
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"the network cannot be exported to ONNX: {reason[0]}") from error
+        why = refusal.reason(error, lambda: torch.export.export(module, tensors, strict=False))
+        raise ModelError(f"the network cannot be exported to ONNX: {why}") from error
     assert program is not None
     graph, _ = fused(program.model_proto.SerializeToString())
     model = _bare(onnx.load_from_string(graph))

@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from torch import nn
 
 from bundle import preprocess
 from bundle.errors import GateFailed, ModelError
@@ -16,6 +17,7 @@ from bundle.session import Session
 from export import graph, quantize
 from export.batches import parity_sizes
 from finetune import evaluate
+from finetune.model import ImageNetwork
 from tests.export_examples import KINDS, TASKS, tiny
 
 WORDS = 50  # of the tiny networks' tables
@@ -196,3 +198,39 @@ def test_constant_logits_are_no_failure():
     network.head.load_state_dict({"weight": torch.zeros(1, 8), "bias": torch.tensor([0.3])})
     tasks = (Regression(name="size", mean=0.0, std=1.0),)
     assert graph.check_parity(graph.to_onnx(network, spec, tasks, rows), network, spec, tasks, rows).served == 0
+
+
+class _Odd(nn.Module):
+    def forward(self, pixels):
+        return torch.linalg.qr(pixels)[0]
+
+
+class _Backbone(nn.Module):
+    """A convolution, and a layer that cannot be exported."""
+
+    def __init__(self, odd):
+        super().__init__()
+        self.convolution, self.odd = nn.Conv2d(3, 8, 3), odd
+
+    def forward(self, pixels):
+        return self.odd(self.convolution(pixels)).mean((2, 3))
+
+
+class _Branch(nn.Module):
+    def forward(self, pixels):
+        return pixels * 2 if pixels.sum() > 0 else pixels
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        (_Odd(), r"ONNX has nothing for the operator aten\.linalg_qr\.default, which backbone\.odd \(_Odd\) uses"),
+        (_Branch(), r"depends on the values of the data, at .*test_export_graph\.py:\d+ in forward: return pixels"),
+    ],
+)
+def test_what_cannot_be_exported_is_named(odd, words):
+    """The error says which operator, in which layer, or which line looks at the data; not what torch would do next."""
+    _, spec, rows = tiny("image")
+    network = ImageNetwork(_Backbone(odd), 8, 6, spec).eval()
+    with pytest.raises(ModelError, match=words):
+        graph.to_onnx(network, spec, TASKS, rows)
