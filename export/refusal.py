@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from torch.export import ExportedProgram
 
 _OPERATOR = re.compile(r"OpOverload\(op='([\w.]+)', overload='(\w+)'\)")
-_LINE = re.compile(r"# File: ([^,\n]+), code: ([^\n]+)")
+_LINE = re.compile(r'The following call raised this error:\n  File "([^"]+)", line (\d+), in \w+\n\s*([^\n]+)')
 _STYLE = re.compile(r"\x1b\[\d+m")
 
 
@@ -22,10 +22,8 @@ def reason(error: BaseException, trace: Callable[[], ExportedProgram]) -> str:
         if found := _OPERATOR.search(text):
             operator = f"{found[1]}.{found[2]}"
             return f"ONNX has nothing for the operator {operator}{_layer(operator, trace)}."
-    if any("data-dependent" in text for text in said):
-        for lines in filter(None, map(_LINE.findall, said)):
-            place, code = lines[-1]
-            return f"what is computed depends on the values of the data, at {place}: {code.strip()}"
+        if "data-dependent" in text and (line := _LINE.search(text)):
+            return f"what is computed depends on the values of the data, in {line[1]}, line {line[2]}: {line[3]}"
     text = next((text for text in said[::-1] if text.strip()), type(error).__name__)
     return text.strip().splitlines()[0]
 

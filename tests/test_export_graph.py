@@ -225,7 +225,7 @@ class _Branch(nn.Module):
     ("odd", "words"),
     [
         (_Odd(), r"ONNX has nothing for the operator aten\.linalg_qr\.default, which backbone\.odd \(_Odd\) uses"),
-        (_Branch(), r"depends on the values of the data, at .*test_export_graph\.py:\d+ in forward: return pixels"),
+        (_Branch(), r"depends on the values of the data, in .*test_export_graph\.py, line \d+: return pixels"),
     ],
 )
 def test_what_cannot_be_exported_is_named(odd, words):
