@@ -68,23 +68,26 @@ class Recipe:
 
 
 FP32, FP16, DYNAMIC, STATIC, REFIT = (Recipe(kind) for kind in ("fp32", "fp16", "dynamic", "static", "refit"))
+CORRECTED, PERCENTILE = replace(STATIC, corrected=True), replace(STATIC, method="percentile")
+PER_TENSOR = replace(STATIC, per_channel=False)
 
 
 def ladder(spec: Input, effort: Effort, device: Device) -> tuple[Recipe, ...]:
-    """What is tried after fp32, in the order in which it is tried.
+    """What is tried after fp32, in the order in which it is tried: docs/export.md, Which quantization helps.
 
-    CUDA has no kernels for int8, and would copy every tensor to the CPU and back; x86 has none for fp16.
+    CUDA has no kernels for int8, and would copy every tensor to the CPU and back; x86 has none for fp16. Dynamic int8
+    is for matrix products: of an image's convolutions it would leave all in fp32.
     """
     if device == "cuda":
         return (FP16,)
     if device == "tensorrt":
         return (FP16, STATIC)
-    if effort == "fast":
-        return (DYNAMIC, STATIC)
-    more = [replace(STATIC, method="percentile")]
-    if effort == "thorough" or isinstance(spec, ImageInput):
-        more += [replace(STATIC, per_channel=False)]
-    return (DYNAMIC, STATIC, *more)
+    tried = [STATIC, CORRECTED] if isinstance(spec, ImageInput) else [DYNAMIC, STATIC]
+    if effort != "fast" and isinstance(spec, ImageInput):
+        tried += [PER_TENSOR]
+    if effort == "thorough":
+        tried += [recipe for recipe in (CORRECTED, PERCENTILE, PER_TENSOR) if recipe not in tried]
+    return tuple(tried)
 
 
 def recipe_named(name: str, spec: Input, device: Device) -> Recipe:
@@ -93,7 +96,8 @@ def recipe_named(name: str, spec: Input, device: Device) -> Recipe:
     Raises:
         ModelError: there is none of this name.
     """
-    known = {recipe.name: recipe for recipe in (FP32, REFIT, *ladder(spec, "thorough", device))}
+    always = (FP32, DYNAMIC, REFIT) if device == "cpu" else (FP32,)
+    known = {recipe.name: recipe for recipe in (*always, *ladder(spec, "thorough", device))}
     if name not in known:
         raise ModelError(f"there is no variant {name!r}. Choose one of: auto, {', '.join(known)}.")
     return known[name]
@@ -150,7 +154,7 @@ class Compiler:
                     raise ModelError("only the head of a checkpoint can be fitted again, not that of an ONNX model.")
                 return source.refit()
             case "static":
-                return quantize.int8_static(
+                compiled = quantize.int8_static(
                     self.prepared,
                     source.spec,
                     ranges.ranges(self.statistics, recipe.method),
@@ -158,3 +162,6 @@ class Compiler:
                     signed=self._signed,
                     kept=recipe.kept,
                 )
+                if recipe.corrected:
+                    compiled = quantize.corrected(compiled, self.prepared, source.spec, source.calibration)
+                return compiled

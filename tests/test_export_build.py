@@ -103,9 +103,9 @@ def test_goldens_show_every_label_and_both_formats(image_bundle, image_checkpoin
     ("ratios", "shipped"),
     [((1.0, 0.5, 0.4), "int8-static"), ((1.0, 0.4, 0.5), "int8-dynamic"), ((1.0, 0.98, 1.3), "fp32")],
 )
-def test_fastest_that_passes_ships(ratios, shipped, image_checkpoint, tmp_path):
+def test_fastest_that_passes_ships(ratios, shipped, text_checkpoint, tmp_path):
     """Of the variants within the budget the fastest ships, and fp32 when none is clearly faster."""
-    config = ExportConfig(image_checkpoint, out=tmp_path / "b", max_drop=30, effort="fast", threads=1)
+    config = ExportConfig(text_checkpoint, out=tmp_path / "b", max_drop=30, effort="fast", threads=1)
     result = export_checkpoint(config, timer=clock(*ratios))
 
     assert result.report.shipped == shipped
@@ -118,14 +118,15 @@ def test_fastest_that_passes_ships(ratios, shipped, image_checkpoint, tmp_path):
 def test_unproved_int8_gives_way_to_fp32(unproved_checkpoint, tmp_path):
     """What the selection split lets through but the gate does not pass is replaced, and the report says so."""
     config = ExportConfig(unproved_checkpoint, out=tmp_path / "b", max_drop=10, effort="fast", threads=1)
-    result = export_checkpoint(config, timer=clock(1.0, 1.1, 0.5))
+    result = export_checkpoint(config, timer=clock(1.0, 0.5))
     outcomes = {one.name: one.outcome for one in result.report.candidates}
 
     assert result.report.shipped == "fp32"
     assert [record.verdict for record in result.report.gate] == ["INCONCLUSIVE"]
     needed = result.report.gate[0].examples_needed
     assert needed is None or needed > result.report.gate[0].examples
-    assert outcomes == {"fp32": "shipped", "int8-dynamic": "slower", "int8-static": "not passed"}
+    assert outcomes.pop("fp32") == "shipped"
+    assert sorted(outcomes.values()) == ["less accurate", "not passed"]  # of two that run the same kernels
     assert load_model(tmp_path / "b", device="cpu").variant.gate is None
     assert "INCONCLUSIVE" in str(render(result.report).renderables[2])
 
