@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bundle import preprocess
 from bundle.errors import GateFailed, ModelError
-from bundle.manifest import Input, Record, Task
+from bundle.manifest import ImageInput, Input, Record, Task
 from bundle.outputs import logits_widths
 from bundle.session import Session
 from export import refusal
@@ -19,6 +19,7 @@ from export.batches import SIZES, parity_batches, parity_sizes
 from export.fold import folded
 from export.fusion import forget_shapes, fused
 from export.quiet import silenced
+from export.scaling import scale_rows
 from finetune.model import Network
 from finetune.target import columns
 
@@ -102,6 +103,8 @@ def to_onnx(
     assert program is not None
     graph, _ = fused(program.model_proto.SerializeToString())
     model = _bare(onnx.load_from_string(graph))
+    if isinstance(spec, ImageInput):
+        scale_rows(model)
     _check(model, spec, names)
     return bytes(model.SerializeToString())
 

@@ -97,7 +97,7 @@ def recipe_named(name: str, spec: Input, device: Device) -> Recipe:
         ModelError: there is none of this name.
     """
     always = (FP32, DYNAMIC, REFIT) if device == "cpu" else (FP32,)
-    known = {recipe.name: recipe for recipe in (*always, *ladder(spec, "thorough", device))}
+    known: dict[str, Recipe] = {recipe.name: recipe for recipe in (*always, *ladder(spec, "thorough", device))}
     if name not in known:
         raise ModelError(f"there is no variant {name!r}. Choose one of: auto, {', '.join(known)}.")
     return known[name]

@@ -200,6 +200,21 @@ def test_constant_logits_are_no_failure():
     assert graph.check_parity(graph.to_onnx(network, spec, tasks, rows), network, spec, tasks, rows).served == 0
 
 
+def test_rows_of_pixels_are_scaled_as_planes_would_be(monkeypatch):
+    """The first steps are rewritten for speed; every logit stays as it was, bit for bit."""
+    network, spec, rows, by_rows = exported("image")
+    monkeypatch.setattr(graph, "scale_rows", lambda model: False)
+    by_planes = graph.to_onnx(network, spec, TASKS, rows)
+    first = [[node.op_type for node in onnx.load_from_string(each).graph.node][:3] for each in (by_rows, by_planes)]
+    logits = [
+        graph.joined(predict_logits(Session(each, device="cpu"), spec, rows, batch_invariant=True), TASKS)
+        for each in (by_rows, by_planes)
+    ]
+
+    assert first == [["Reshape", "Cast", "Mul"], ["Transpose", "Cast", "Mul"]]
+    np.testing.assert_array_equal(*logits)
+
+
 class _Odd(nn.Module):
     def forward(self, pixels):
         return torch.linalg.qr(pixels)[0]
