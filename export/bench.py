@@ -60,7 +60,8 @@ class Candidate:
     leftovers: int
     logits: np.ndarray  # float32 (N, columns of all tasks), of the selection split
     selection: tuple[GateRecord, ...]  # for each task
-    kl: float  # divergence from the reference there, nats
+    margin: float  # of the bound to be expected on the gate split, see gate.expected_margin
+    kl: float  # divergence from the reference on the selection split, nats
     latency: Latency | None = None  # at batch 1; none until it is timed
     throughput: BatchLatency | None = None  # at the largest batch, when that is what counts
     kept: tuple[Kept, ...] = ()
@@ -76,14 +77,9 @@ class Candidate:
         return all(record.drop <= record.budget for record in self.selection)
 
     @property
-    def proved(self) -> bool:
-        """Whether every task would pass the gate if the selection split were the gate split."""
-        return all(record.verdict == "PASS" for record in self.selection)
-
-    @property
-    def closeness(self) -> float:
-        """How far the worst task's bound is from the budget on the selection split; positive is beyond it."""
-        return max(record.drop_upper - record.budget for record in self.selection)
+    def promising(self) -> bool:
+        """Whether it would pass the gate, were the gate split like the selection split."""
+        return self.margin >= 0
 
     @property
     def drop(self) -> float:
@@ -139,6 +135,7 @@ class Bench:
             return graph.joined(outputs, source.tasks)
 
         logits = memory.array("selection", recipe, compute=run)
+        records = self.judge(source.selection, logits)
         candidate = Candidate(
             recipe,
             compiled,
@@ -146,18 +143,23 @@ class Bench:
             traits.batch_invariant,
             traits.leftovers,
             logits,
-            self.judge(source.selection, logits),
+            records,
+            gate.expected_margin(records, self._scale),
             fidelity.screen_kl(source.tasks, source.selection.logits, logits),
             kept=kept,
         )
         log.info("candidate", variant=candidate.name, drop=candidate.drop, kl=candidate.kl)
         return candidate
 
+    @property
+    def _scale(self) -> float:
+        return self.source.gate_size / len(self.source.selection)
+
     @cached_property
-    def can_prove(self) -> bool:
-        """Whether the selection split is large enough for a variant that changes no answer to pass."""
+    def can_pass(self) -> bool:
+        """Whether the gate split is large enough for a variant that changes no answer to pass."""
         same = self.judge(self.source.selection, self.source.selection.logits)
-        return all(record.verdict == "PASS" for record in same)
+        return gate.expected_margin(same, self._scale) >= 0
 
     def harms(self, base: Candidate, groups: Sequence[Group]) -> list[float]:
         """By how much the KL divergence of a quantized candidate falls when one group alone is in fp32, nats."""

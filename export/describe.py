@@ -119,7 +119,7 @@ def _outcome(one: Candidate, config: ExportConfig, findings: Findings) -> tuple[
         return "less accurate", f"the same kernels as {chosen.name}, further from the reference"
     if speed(one, config.optimize) >= speed(chosen, config.optimize):
         return "slower", f"slower than {chosen.name}"
-    return "not chosen", "within the budget on the selection split, but not surely"
+    return "not chosen", "within the budget on the selection split, but the gate was not to be expected to pass it"
 
 
 def _confusion(tasks: Sequence[Task], held_out: Split, logits: np.ndarray) -> tuple[report.Confusion, ...]:

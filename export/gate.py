@@ -125,6 +125,26 @@ def closest(records: Sequence[GateRecord]) -> GateRecord:
     return max(records, key=lambda record: (order.index(record.verdict), record.drop_upper - record.budget))
 
 
+def expected_margin(records: Sequence[GateRecord], scale: float) -> float:
+    """How far within the budget the worst bound would be on so many times the examples, all rates staying as seen.
+
+    Args:
+        records: of each task, on some examples.
+        scale: how many times as many others there are.
+
+    Returns:
+        Budget less upper bound; negative when the gate would not pass.
+    """
+    return min(record.budget - _bound(record, scale) for record in records)
+
+
+def _bound(record: GateRecord, scale: float) -> float:
+    if record.lost is not None and record.won is not None:
+        lost, won, n = (scale * count for count in (record.lost, record.won, record.examples))
+        return drop_bounds(lost, won, n, record.confidence)[1]
+    return record.drop + (record.drop_upper - record.drop) / sqrt(scale)
+
+
 def judge(
     truth: np.ndarray,
     reference: np.ndarray,

@@ -7,6 +7,7 @@ import numpy as np
 import structlog
 
 from bundle.errors import ModelError
+from bundle.host import cpu_count, cpu_name
 from bundle.manifest import GateRecord
 from export import gate, mixed, placement, proportions, robustness, timing
 from export.bench import BATCHES, BatchLatency, Bench, Candidate
@@ -50,6 +51,8 @@ def search(source: Source, config: ExportConfig, target: Target, timer: timing.T
         GateFailed: nothing is as fast and small as --max-latency-ms and --max-size-mb ask.
         ModelError: the variant asked for cannot be compiled.
     """
+    here = (target.device, target.isa, cpu_name(), str(cpu_count()))  # what is measured here says little of elsewhere
+    source = replace(source, memory=replace(source.memory, about=(*source.memory.about, *here)))
     bench = Bench(source, config, target, timer)
     _announce(source, config)
     candidates, failed = [bench.measure(FP32)], {}
@@ -107,7 +110,7 @@ def _timed(candidates: Sequence[Candidate], bench: Bench) -> list[Candidate]:
 
 def _accuracy(candidate: Candidate) -> tuple[bool, float, float]:
     """What sorts the more accurate first."""
-    return (not candidate.proved, candidate.closeness, candidate.kl)
+    return (not candidate.promising, -candidate.margin, candidate.kl)
 
 
 def mixed_precision(candidates: Sequence[Candidate], bench: Bench) -> list[Candidate]:
@@ -138,8 +141,8 @@ def mixed_precision(candidates: Sequence[Candidate], bench: Bench) -> list[Candi
 
 
 def _enough(candidate: Candidate, bench: Bench) -> bool:
-    """Whether it is accurate enough on the selection split, as far as that split can tell."""
-    return candidate.proved if bench.can_prove else candidate.within_budget
+    """Whether the gate is to be expected to pass it; where it can pass nothing, whether it is within the budget."""
+    return candidate.promising if bench.can_pass else candidate.within_budget
 
 
 def speed(candidate: Candidate, objective: Objective) -> float:
@@ -168,17 +171,17 @@ def fits(candidate: Candidate, config: ExportConfig) -> bool:
 
 
 def choose(candidates: Sequence[Candidate], config: ExportConfig) -> Candidate:
-    """The fastest that is surely faster than fp32 and would pass the gate on the selection split.
+    """The fastest that is surely faster than fp32 and that the gate is to be expected to pass.
 
-    Where none would, that split may be too small to tell: then of those within the budget the one that is closest to
-    passing. Else fp32.
+    Where there is none, of those within the budget on the selection split the one that is closest to passing. Else
+    fp32.
     """
     worthy = [
         one for one in candidates[1:] if is_faster(one, config.optimize) and one.within_budget and fits(one, config)
     ]
-    proved = [one for one in worthy if one.proved]
-    if proved:
-        return min(proved, key=lambda one: (speed(one, config.optimize), *_accuracy(one)))
+    promising = [one for one in worthy if one.promising]
+    if promising:
+        return min(promising, key=lambda one: (speed(one, config.optimize), *_accuracy(one)))
     return min(worthy, key=lambda one: (*_accuracy(one), speed(one, config.optimize)), default=candidates[0])
 
 

@@ -239,8 +239,9 @@ def test_goldens_show_every_answer():
 def candidate(recipe, ratio, drop, count=400):
     """A variant that changed so many of the answers of PyTorch, which were all right, for the worse."""
     record = gate.judge(np.zeros(count), np.zeros(count), np.arange(count) < count * drop, budget=0.05)
+    margin = gate.expected_margin([record], scale=1)
     latency = Latency(p50_ms=ratio, fp32_p50_ms=1.0, ratio=ratio, ratio_lower=ratio, ratio_upper=ratio, threads=1)
-    return Candidate(recipe, b"123", "cpu", True, 0, np.zeros((1, 1)), (record,), drop, latency)
+    return Candidate(recipe, b"123", "cpu", True, 0, np.zeros((1, 1)), (record,), margin, drop, latency)
 
 
 def test_of_two_heads_the_one_that_lost_more_does_not_compete():
@@ -255,7 +256,7 @@ def test_the_fastest_that_would_pass_is_chosen():
     """Before a faster one that is within the budget by its point estimate alone; where none would, the closest."""
     config = ExportConfig(Path("checkpoint"), out=Path("bundle"))
     fp32, unsure, sure = candidate(FP32, 1.0, 0), candidate(DYNAMIC, 0.3, 0.045), candidate(STATIC, 0.6, 0.01)
-    assert (unsure.within_budget, unsure.proved, sure.proved) == (True, False, True)
+    assert (unsure.within_budget, unsure.promising, sure.promising) == (True, False, True)
     assert search.choose([fp32, unsure, sure], config) is sure
     assert search.choose([fp32, unsure], config) is unsure
     assert search.choose([fp32, candidate(DYNAMIC, 0.3, 0.06)], config) is fp32

@@ -220,6 +220,7 @@ def test_training_and_export_are_silent(run_guarded, text_checkpoint, tmp_path):
     train = ["finetune", config["model"], config["data"], "--out", tmp_path / "checkpoint", "--no-cache"]
     train += ["--max-length", "48"]
     export = ["export", text_checkpoint, "--out", tmp_path / "bundle", "--variant", "int8-dynamic", "--max-drop", "20"]
+    export += ["--no-cache"]
     program = "import sys; from edgeward.__main__ import run; i = sys.argv.index('export'); "
     program += "assert run(sys.argv[1:i]) == 0 == run(sys.argv[i:])"
     _, written, attempts = run_guarded("-c", program, *train, *export)
