@@ -111,7 +111,7 @@ def _outcome(one: Candidate, config: ExportConfig, findings: Findings) -> tuple[
         ) > config.max_size_mb * 1e6 else "slower", "over a limit"
     if one.name == "fp32":
         return "not chosen", "a faster one is proved"
-    if not one.within_budget:
+    if not (one.within_budget or one.promising):
         return "less accurate", "over the budget on the selection split"
     if not is_faster(one, config.optimize):
         return "slower", "not surely faster than fp32"

@@ -176,13 +176,12 @@ def choose(candidates: Sequence[Candidate], config: ExportConfig) -> Candidate:
     Where there is none, of those within the budget on the selection split the one that is closest to passing. Else
     fp32.
     """
-    worthy = [
-        one for one in candidates[1:] if is_faster(one, config.optimize) and one.within_budget and fits(one, config)
-    ]
+    worthy = [one for one in candidates[1:] if is_faster(one, config.optimize) and fits(one, config)]
     promising = [one for one in worthy if one.promising]
     if promising:
         return min(promising, key=lambda one: (speed(one, config.optimize), *_accuracy(one)))
-    return min(worthy, key=lambda one: (*_accuracy(one), speed(one, config.optimize)), default=candidates[0])
+    possible = [one for one in worthy if one.within_budget]
+    return min(possible, key=lambda one: (*_accuracy(one), speed(one, config.optimize)), default=candidates[0])
 
 
 def _gate(candidates: Sequence[Candidate], failed: dict[Recipe, str], chosen: Candidate, bench: Bench) -> Findings:
