@@ -71,7 +71,7 @@ def test_a_histogram_widens_without_losing_a_value():
 
 
 def test_ranges_are_what_the_runtime_would_calibrate(tmp_path):
-    """Least and greatest are bit-equal to those of onnxruntime.quantization's own calibrator."""
+    """Least and greatest are those of onnxruntime.quantization's own calibrator."""
     from onnxruntime.quantization.calibrate import CalibrationDataReader, MinMaxCalibrater
 
     model, spec, rows = prepared()
