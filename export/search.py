@@ -21,6 +21,7 @@ from finetune.progress import track
 log = structlog.get_logger()
 
 WORTHWHILE = 0.97  # an int8 variant whose latency ratio may be above this is not worth its rounding
+HOPELESS = 5  # budgets
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,11 @@ def mixed_precision(candidates: Sequence[Candidate], bench: Bench) -> list[Candi
     It is tried when static int8 is faster than everything that is accurate enough.
     """
     config, source = bench.config, bench.source
-    static = [one for one in candidates if one.recipe.kind == "static" and is_faster(one, config.optimize)]
+    static = [
+        one
+        for one in candidates
+        if one.recipe.kind == "static" and is_faster(one, config.optimize) and not _is_hopeless(one)
+    ]
     base = min(static, key=lambda one: (speed(one, config.optimize), *_accuracy(one)), default=None)
     chosen = choose(candidates, config)
     if base is None or _enough(base, bench):
@@ -138,6 +143,11 @@ def mixed_precision(candidates: Sequence[Candidate], bench: Bench) -> list[Candi
         return []
     reasons = tuple(one.kept for one in kept)
     return [bench.time(bench.measure(variant([one.group for one in kept]), reasons))]
+
+
+def _is_hopeless(candidate: Candidate) -> bool:
+    """Whether it surely lost so many times the budget that next to everything would have to stay in fp32."""
+    return any((record.drop_lower or 0) > HOPELESS * record.budget for record in candidate.selection)
 
 
 def _enough(candidate: Candidate, bench: Bench) -> bool:

@@ -142,7 +142,7 @@ def test_layers_that_int8_harms_stay_in_fp32(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize, "int8_static", harmful)
     monkeypatch.setattr(bench, "node_times", times)
     monkeypatch.setattr(search, "ladder", lambda *_: (ladder.STATIC,))
-    config = ExportConfig(checkpoint, out=tmp_path / "b", max_drop=10, threads=1, cache=False)
+    config = ExportConfig(checkpoint, out=tmp_path / "b", max_drop=15, threads=1, cache=False)
     report = export_checkpoint(config, timer=clock(1.0, 0.5, 0.6)).report
     static, mixed = report.candidates[1:]
 
@@ -151,6 +151,20 @@ def test_layers_that_int8_harms_stay_in_fp32(checkpoint, tmp_path, monkeypatch):
     assert [(one.because, one.gain_ms) for one in mixed.kept] == [("int8 was too harmful for what it saved", 0.5)]
     assert mixed.kept[0].harm > 0.1
     assert static.selection_drop["accuracy"] > 0.1 > mixed.selection_drop["accuracy"]
+
+
+def test_hopeless_int8_is_not_mixed(checkpoint, tmp_path, monkeypatch):
+    """Where int8 surely loses many times the budget, no layer is tried by itself."""
+    real = quantize.int8_static
+
+    def ruined(prepared, spec, known, **options):
+        return real(prepared, spec, {name: (low / 100, high / 100) for name, (low, high) in known.items()}, **options)
+
+    monkeypatch.setattr(quantize, "int8_static", ruined)
+    monkeypatch.setattr(search.mixed, "rank", never)
+    monkeypatch.setattr(search, "ladder", lambda *_: (ladder.STATIC,))
+    config = ExportConfig(checkpoint, out=tmp_path / "b", max_drop=2, threads=1, cache=False)
+    assert export_checkpoint(config, timer=clock(1.0, 0.5)).report.shipped == "fp32"
 
 
 def test_the_page_in_the_bundle_shows_no_example(checkpoint, tmp_path):
