@@ -115,7 +115,7 @@ class Bench:
         """The fp32 graph with all the threads that it may have."""
         return Session(self.source.graph, device=self._target.device, threads=self.config.threads)
 
-    def measure(self, recipe: Recipe, kept: tuple[Kept, ...] = ()) -> Candidate:
+    def measure(self, recipe: Recipe) -> Candidate:
         """Compile a recipe and run it over the selection split; its speed is not looked at.
 
         Raises:
@@ -146,7 +146,6 @@ class Bench:
             records,
             gate.expected_margin(records, self._scale),
             fidelity.screen_kl(source.tasks, source.selection.logits, logits),
-            kept=kept,
         )
         log.info("candidate", variant=candidate.name, drop=candidate.drop, kl=candidate.kl)
         return candidate

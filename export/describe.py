@@ -22,7 +22,8 @@ from finetune.target import columns
 def describe(config: ExportConfig, name: str, source: Source, findings: Findings) -> report.Report:
     """Everything that was measured, and what followed from it."""
     tasks, held_out, shipped = source.tasks, findings.held_out, findings.shipped
-    comparison = gate.judge_tasks(
+    comparison = findings.gated if shipped is findings.chosen else ()
+    comparison = comparison or gate.judge_tasks(  # of fp32, which was not gated
         tasks,
         held_out.targets,
         held_out.logits,

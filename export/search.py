@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import structlog
@@ -49,7 +50,6 @@ def search(source: Source, config: ExportConfig, target: Target, timer: timing.T
         timer: compares the latency of two sessions.
 
     Raises:
-        GateFailed: nothing is as fast and small as --max-latency-ms and --max-size-mb ask.
         ModelError: the variant asked for cannot be compiled.
     """
     here = (target.device, target.isa, cpu_name(), str(cpu_count()))  # what is measured here says little of elsewhere
@@ -134,15 +134,17 @@ def mixed_precision(candidates: Sequence[Candidate], bench: Bench) -> list[Candi
     groups = placement.groups(bench.compiler.prepared, source.spec)
     ranked = mixed.rank(groups, bench.harms(base, groups), bench.gains(base, groups))
 
-    def variant(kept: Sequence[Group]) -> Recipe:
-        return replace(base.recipe, kept=tuple(name for group in kept for name in group.nodes))
+    @cache
+    def measured(kept: tuple[Group, ...]) -> Candidate:
+        nodes = tuple(name for group in kept for name in group.nodes)
+        return bench.measure(replace(base.recipe, kept=nodes))
 
-    kept = mixed.search(ranked, lambda some: _enough(bench.measure(variant(some)), bench))
+    kept = mixed.search(ranked, lambda some: _enough(measured(tuple(some)), bench))
     if not kept:
         log.info("no mixed precision", because="too many layers would have to stay in fp32", variant=base.name)
         return []
-    reasons = tuple(one.kept for one in kept)
-    return [bench.time(bench.measure(variant([one.group for one in kept]), reasons))]
+    found = measured(tuple(one.group for one in kept))
+    return [bench.time(replace(found, kept=tuple(one.kept for one in kept)))]
 
 
 def _is_hopeless(candidate: Candidate) -> bool:
