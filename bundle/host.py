@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -75,6 +76,12 @@ def isa_class(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     ranked = {"x86-64": ["avx512_vnni", "avx_vnni", "avx512f", "avx2"], "arm64": ["i8mm", "asimddp"]}
     best = next((flag for flag in ranked.get(machine, []) if flag in flags), None)
     return f"{machine}-{best.replace('_', '-')}" if best else machine
+
+
+@cache
+def products_saturate() -> bool:
+    """Whether ONNX Runtime's int8 kernels add up products in 16 bits here: on x86-64 without VNNI."""
+    return isa_class().startswith("x86-64") and not isa_class().endswith("vnni")
 
 
 def gpu_class() -> str | None:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bundle.host import cpu_count, cpu_name, cpu_quota, gpu_class, isa_class, machine_class
+from bundle.host import cpu_count, cpu_name, cpu_quota, gpu_class, isa_class, machine_class, products_saturate
 
 
 def write(path, text):
@@ -137,6 +137,26 @@ def test_instruction_set_without_cpuinfo(tmp_path, monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
 
     assert isa_class(tmp_path / "nothing") == "x86-64"
+
+
+@pytest.mark.parametrize(
+    ("isa", "saturate"),
+    [
+        ("x86-64-avx512-vnni", False),
+        ("x86-64-avx-vnni", False),
+        ("x86-64-avx2", True),
+        ("x86-64", True),
+        ("arm64", False),
+    ],
+)
+def test_products_saturate_on_x86_without_vnni(isa, saturate, monkeypatch):
+    """There the exact kernels have to be asked for; elsewhere asking would only cost time."""
+    monkeypatch.setattr("bundle.host.isa_class", lambda: isa)
+    products_saturate.cache_clear()
+    try:
+        assert products_saturate() is saturate
+    finally:
+        products_saturate.cache_clear()
 
 
 def test_processor_has_a_name(tmp_path):
