@@ -9,6 +9,7 @@ from bundle.errors import ModelError
 from bundle.manifest import ImageInput, Input
 from export import half, quantize, ranges
 from export.config import Effort
+from export.embeddings import quantized_embeddings
 from export.ranges import Method, Statistics
 from export.source import Source
 
@@ -33,7 +34,7 @@ class Recipe:
             case "fp32" | "fp16":
                 return self.kind
             case "dynamic":
-                parts = ["int8", "dynamic"]
+                parts = ["int8", "dynamic"] if self.per_channel else ["int8", "dynamic", "tensor"]
             case "refit":
                 parts = ["int8", "static", "refit"]
             case "static":
@@ -52,14 +53,19 @@ class Recipe:
             case "fp16":
                 return "half precision, but for what would overflow"
             case "dynamic":
-                return "weights in int8 per channel, activations scaled at every run"
+                return f"weights in int8 per {self._weights}, activations scaled at every run"
             case "refit":
                 return "the backbone in static int8, the head fitted to it in fp32"
             case "static":
-                weights = "channel" if self.per_channel else "tensor"
                 bias = ", biases corrected" if self.corrected else ""
                 kept = f", {len(self.kept)} nodes in fp32" if self.kept else ""
-                return f"weights in int8 per {weights}, activations in uint8 with {self.method} ranges{bias}{kept}"
+                return (
+                    f"weights in int8 per {self._weights}, activations in uint8 with {self.method} ranges{bias}{kept}"
+                )
+
+    @property
+    def _weights(self) -> str:
+        return "channel" if self.per_channel else "tensor"
 
     @property
     def kernels(self) -> tuple[str, bool, tuple[str, ...]]:
@@ -69,7 +75,7 @@ class Recipe:
 
 FP32, FP16, DYNAMIC, STATIC, REFIT = (Recipe(kind) for kind in ("fp32", "fp16", "dynamic", "static", "refit"))
 CORRECTED, PERCENTILE = replace(STATIC, corrected=True), replace(STATIC, method="percentile")
-PER_TENSOR = replace(STATIC, per_channel=False)
+PER_TENSOR, DYNAMIC_PER_TENSOR = (replace(recipe, per_channel=False) for recipe in (STATIC, DYNAMIC))
 
 
 def ladder(spec: Input, effort: Effort, device: Device) -> tuple[Recipe, ...]:
@@ -83,8 +89,8 @@ def ladder(spec: Input, effort: Effort, device: Device) -> tuple[Recipe, ...]:
     if device == "tensorrt":
         return (FP16, STATIC)
     tried = [STATIC, CORRECTED] if isinstance(spec, ImageInput) else [DYNAMIC, STATIC]
-    if effort != "fast" and isinstance(spec, ImageInput):
-        tried += [PER_TENSOR]
+    if effort != "fast":
+        tried += [PER_TENSOR] if isinstance(spec, ImageInput) else [DYNAMIC_PER_TENSOR]
     if effort == "thorough":
         tried += [recipe for recipe in (CORRECTED, PERCENTILE, PER_TENSOR) if recipe not in tried]
     return tuple(tried)
@@ -148,7 +154,8 @@ class Compiler:
                 feeds = [preprocess.collate([row], source.spec) for row in source.sample]
                 return half.fp16(source.graph, feeds)
             case "dynamic":
-                return quantize.int8_dynamic(source.graph)
+                compiled = quantize.int8_dynamic(source.graph, per_channel=recipe.per_channel)
+                return quantized_embeddings(compiled)
             case "refit":
                 if source.refit is None:
                     raise ModelError("only the head of a checkpoint can be fitted again, not that of an ONNX model.")
@@ -164,4 +171,4 @@ class Compiler:
                 )
                 if recipe.corrected:
                     compiled = quantize.corrected(compiled, self.prepared, source.spec, source.calibration)
-                return compiled
+                return quantized_embeddings(compiled)

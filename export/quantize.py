@@ -103,13 +103,14 @@ def int8_minmax(graph: bytes, spec: Input, rows: Sequence[np.ndarray]) -> bytes:
     return int8_static(start, spec, ranges.ranges(ranges.observe(start, spec, rows), "minmax"))
 
 
-def int8_dynamic(graph: bytes, *, kept: Collection[str] = ()) -> bytes:
-    """Weights in int8 per channel; activations scaled at every run, over the whole batch.
+def int8_dynamic(graph: bytes, *, per_channel: bool = True, kept: Collection[str] = ()) -> bytes:
+    """Weights in int8; activations scaled at every run, over the whole batch.
 
     Its answers therefore depend on what an example is batched with: see bundle.model.predict_logits.
 
     Args:
         graph: fp32.
+        per_channel: one scale of the weights for each output channel, instead of one for all.
         kept: nodes that stay in fp32, by name.
 
     Raises:
@@ -122,7 +123,7 @@ def int8_dynamic(graph: bytes, *, kept: Collection[str] = ()) -> bytes:
             op_types_to_quantize=list(DENSE),
             weight_type=ort_quantization.QuantType.QInt8,
             nodes_to_exclude=list(kept),
-            per_channel=True,
+            per_channel=per_channel,
         )
         return (Path(folder) / "int8.onnx").read_bytes()
 
