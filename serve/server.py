@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Any
 
 import grpc
@@ -127,8 +127,11 @@ def _transport(config: ServeConfig, service: Service, health_servicer: health.He
             ("grpc.max_send_message_length", config.max_message_bytes),
         ],
     )
-    calls = {method.name: _answer_with(getattr(service, method.name)) for method in _SERVICE.methods}
-    rpc.add_GRPCInferenceServiceServicer_to_server(SimpleNamespace(**calls), server)  # type: ignore[no-untyped-call]
+    servicer = rpc.GRPCInferenceServiceServicer()  # what it is not given is UNIMPLEMENTED
+    for method in _SERVICE.methods:
+        if hasattr(service, method.name):
+            setattr(servicer, method.name, _answer_with(getattr(service, method.name)))
+    rpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     names = (_SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)

@@ -35,18 +35,89 @@ FIELDS = {
     "fp32_contents=6 fp64_contents=7 bytes_contents=8",
     "ModelConfigRequest": "name=1 version=2",
     "ModelConfigResponse": "config=1",
-    "ModelInput": "name=1 data_type=2 dims=4",
-    "ModelOutput": "name=1 data_type=2 dims=3",
+    "ModelVersionPolicy": "latest=1 all=2 specific=3",
+    "ModelVersionPolicy.Latest": "num_versions=1",
+    "ModelVersionPolicy.All": "",
+    "ModelVersionPolicy.Specific": "versions=1",
+    "ModelInput": "name=1 data_type=2 dims=4 optional=8",
+    "ModelOutput": "name=1 data_type=2 dims=3 label_filename=4",
     "ModelInstanceGroup": "name=1 count=2 gpus=3 kind=4",
+    "ModelQueuePolicy": "timeout_action=1 default_timeout_microseconds=2 allow_timeout_override=3 max_queue_size=4",
+    "ModelDynamicBatching": "preferred_batch_size=1 max_queue_delay_microseconds=2 preserve_ordering=3 "
+    "priority_levels=4 default_priority_level=5 default_queue_policy=6 priority_queue_policy=7",
     "ModelParameter": "string_value=1",
-    "ModelConfig": "name=1 platform=2 max_batch_size=4 input=5 output=6 instance_group=7 parameters=14 backend=17",
+    "ModelTransactionPolicy": "decoupled=1",
+    "ModelConfig": "name=1 platform=2 version_policy=3 max_batch_size=4 input=5 output=6 instance_group=7 "
+    "default_model_filename=8 dynamic_batching=11 parameters=14 backend=17 model_transaction_policy=19",
+    "ModelStreamInferResponse": "error_message=1 infer_response=2",
+    "ModelStatisticsRequest": "name=1 version=2",
+    "StatisticDuration": "count=1 ns=2",
+    "InferStatistics": "success=1 fail=2 queue=3 compute_input=4 compute_infer=5 compute_output=6 cache_hit=7 "
+    "cache_miss=8",
+    "InferBatchStatistics": "batch_size=1 compute_input=2 compute_infer=3 compute_output=4",
+    "MemoryUsage": "type=1 id=2 byte_size=3",
+    "ModelStatistics": "name=1 version=2 last_inference=3 inference_count=4 execution_count=5 inference_stats=6 "
+    "batch_stats=7 memory_usage=8",
+    "ModelStatisticsResponse": "model_stats=1",
+    "ModelRepositoryParameter": "bool_param=1 int64_param=2 string_param=3 bytes_param=4",
+    "RepositoryIndexRequest": "repository_name=1 ready=2",
+    "RepositoryIndexResponse": "models=1",
+    "RepositoryIndexResponse.ModelIndex": "name=1 version=2 state=3 reason=4",
+    "RepositoryModelLoadRequest": "repository_name=1 model_name=2 parameters=3",
+    "RepositoryModelLoadResponse": "",
+    "RepositoryModelUnloadRequest": "repository_name=1 model_name=2 parameters=3",
+    "RepositoryModelUnloadResponse": "",
+    "SystemSharedMemoryStatusRequest": "name=1",
+    "SystemSharedMemoryStatusResponse": "regions=1",
+    "SystemSharedMemoryStatusResponse.RegionStatus": "name=1 key=2 offset=3 byte_size=4",
+    "SystemSharedMemoryRegisterRequest": "name=1 key=2 offset=3 byte_size=4",
+    "SystemSharedMemoryRegisterResponse": "",
+    "SystemSharedMemoryUnregisterRequest": "name=1",
+    "SystemSharedMemoryUnregisterResponse": "",
+    "CudaSharedMemoryStatusRequest": "name=1",
+    "CudaSharedMemoryStatusResponse": "regions=1",
+    "CudaSharedMemoryStatusResponse.RegionStatus": "name=1 device_id=2 byte_size=3",
+    "CudaSharedMemoryRegisterRequest": "name=1 raw_handle=2 device_id=3 byte_size=4",
+    "CudaSharedMemoryRegisterResponse": "",
+    "CudaSharedMemoryUnregisterRequest": "name=1",
+    "CudaSharedMemoryUnregisterResponse": "",
+    "TraceSettingRequest": "settings=1 model_name=2",
+    "TraceSettingRequest.SettingValue": "value=1",
+    "TraceSettingResponse": "settings=1",
+    "TraceSettingResponse.SettingValue": "value=1",
+    "LogSettingsRequest": "settings=1",
+    "LogSettingsRequest.SettingValue": "bool_param=1 uint32_param=2 string_param=3",
+    "LogSettingsResponse": "settings=1",
+    "LogSettingsResponse.SettingValue": "bool_param=1 uint32_param=2 string_param=3",
 }
 ENUMS = {
     "DataType": "TYPE_INVALID=0 TYPE_BOOL=1 TYPE_UINT8=2 TYPE_UINT16=3 TYPE_UINT32=4 TYPE_UINT64=5 TYPE_INT8=6 "
     "TYPE_INT16=7 TYPE_INT32=8 TYPE_INT64=9 TYPE_FP16=10 TYPE_FP32=11 TYPE_FP64=12 TYPE_STRING=13 TYPE_BF16=14",
     "ModelInstanceGroup.Kind": "KIND_AUTO=0 KIND_GPU=1 KIND_CPU=2 KIND_MODEL=3",
+    "ModelQueuePolicy.TimeoutAction": "REJECT=0 DELAY=1",
 }
-CALLS = ["ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer", "ModelConfig"]
+CALLS = [
+    "ServerLive",
+    "ServerReady",
+    "ModelReady",
+    "ServerMetadata",
+    "ModelMetadata",
+    "ModelInfer",
+    "ModelStreamInfer",
+    "ModelConfig",
+    "ModelStatistics",
+    "RepositoryIndex",
+    "RepositoryModelLoad",
+    "RepositoryModelUnload",
+    "SystemSharedMemoryStatus",
+    "SystemSharedMemoryRegister",
+    "SystemSharedMemoryUnregister",
+    "CudaSharedMemoryStatus",
+    "CudaSharedMemoryRegister",
+    "CudaSharedMemoryUnregister",
+    "TraceSetting",
+    "LogSettings",
+]
 
 
 def messages(descriptors):
@@ -100,6 +171,7 @@ def test_enum_numbers_stay():
     kinds = {
         "DataType": pb.DESCRIPTOR.enum_types_by_name["DataType"],
         "ModelInstanceGroup.Kind": pb.ModelInstanceGroup.DESCRIPTOR.enum_types_by_name["Kind"],
+        "ModelQueuePolicy.TimeoutAction": pb.ModelQueuePolicy.DESCRIPTOR.enum_types_by_name["TimeoutAction"],
     }
 
     assert {
@@ -115,7 +187,12 @@ def test_calls_stay():
     assert [
         (call.name, call.input_type.name, call.output_type.name, call.client_streaming, call.server_streaming)
         for call in service.methods
-    ] == [(name, f"{name}Request", f"{name}Response", False, False) for name in CALLS]
+    ] == [
+        ("ModelStreamInfer", "ModelInferRequest", "ModelStreamInferResponse", True, True)
+        if name == "ModelStreamInfer"
+        else (name, f"{name}Request", f"{name}Response", False, False)
+        for name in CALLS
+    ]
 
 
 def test_every_field_is_triton_s():
