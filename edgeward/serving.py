@@ -17,7 +17,7 @@ from bundle.errors import BadInput
 from bundle.tensor import NUMPY_TYPES, TensorSpec, conform
 from edgeward.result import give
 from serve.client import Client
-from serve.server import ServeConfig
+from serve.config import ServeConfig
 from serve.server import serve as run_server
 
 MOST_VALUES = 4  # of one output that the table shows; --json gives all

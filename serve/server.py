@@ -4,8 +4,6 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -14,9 +12,9 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from bundle.session import Device
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as rpc
+from serve.config import ServeConfig
 from serve.errors import StartError
 from serve.repository import Repository, load_repository
 from serve.service import Service, status
@@ -25,30 +23,6 @@ log = structlog.get_logger()
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 _LAST_BYTES_S = 1.0  # for answers that are already on their way
-
-
-@dataclass(frozen=True)
-class ServeConfig:
-    """Options of `edgeward serve`."""
-
-    paths: tuple[Path, ...]
-    """Bundles, folders of bundles, repositories NAME/VERSION/, or .onnx files."""
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 is every network that this machine is in."""
-    port: int = 8001
-    """Port to listen on; 0 takes any that is free."""
-    device: Device = "auto"
-    """auto takes CUDA where it works, else the CPU, and logs which."""
-    threads: int | None = None
-    """Of one run on the CPU; by default all the cores that this process may use."""
-    workers: int = 8
-    """Calls that run at the same time; more wait."""
-    max_message_bytes: int = 64 << 20
-    """Largest request, and largest answer."""
-    drain_s: float = 30.0
-    """Seconds that running calls may go on when the server stops."""
-    require_gate: bool = False
-    """Refuse what no accuracy gate has passed."""
 
 
 class Server:

@@ -1,0 +1,72 @@
+"""What `edgeward serve` can be told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bundle.session import Device
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Options of `edgeward serve`."""
+
+    paths: tuple[Path, ...]
+    """Bundles, folders of bundles, repositories NAME/VERSION/, or .onnx files."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every network that this machine is in."""
+    port: int = 8001
+    """Port to listen on; 0 takes any that is free."""
+    socket: Path | None = None
+    """Unix-domain socket to listen on instead of host and port."""
+    http_port: int | None = None
+    """Port for /metrics, /livez and /readyz, on the same host; 0 takes any that is free. By default there is none."""
+    device: Device = "auto"
+    """auto takes CUDA where it works, else the CPU, and logs which."""
+    threads: int | None = None
+    """Of one run on the CPU; by default those that the bundle was measured with, else all cores of this process."""
+    instances: int | None = None
+    """Runs of one model at the same time; by default as many as the cores allow with these threads."""
+    max_batch: int | None = None
+    """Rows that requests are joined to in one run; 1 joins none. By default 64, and 1 where answers depend on it."""
+    max_delay_ms: float = 0.0
+    """How long a request may wait for others to join it."""
+    batch_sizes: tuple[int, ...] = ()
+    """Row counts that joined runs are padded to."""
+    max_queue: int = 256
+    """Requests that may wait for one model; one more is UNAVAILABLE."""
+    max_bytes: int = 1 << 30
+    """Bytes of requests in work; beyond them a request is RESOURCE_EXHAUSTED."""
+    max_message_bytes: int = 64 << 20
+    """Largest request, and largest answer."""
+    max_streams: int = 64
+    """ModelStreamInfer calls at the same time; one more is RESOURCE_EXHAUSTED."""
+    versions: str = "latest"
+    """Which versions of a model are served: latest, latest:N, all, or numbers such as 1,3."""
+    watch: bool = False
+    """Serve new versions as they appear on disk, and drop those that went."""
+    require_gate: bool = False
+    """Refuse what no accuracy gate has passed."""
+    admin: bool = False
+    """Let clients load and unload models and change what is logged."""
+    shared_memory: bool = False
+    """Let clients on this machine pass tensors in shared memory."""
+    tls_cert: Path | None = None
+    """PEM certificate chain of the server; with --tls-key."""
+    tls_key: Path | None = None
+    """PEM private key of the server."""
+    tls_client_ca: Path | None = None
+    """PEM certificates of those who sign the clients' certificates; then every client needs one."""
+    token_file: Path | None = None
+    """Bearer tokens that may call, one a line."""
+    admin_token_file: Path | None = None
+    """Bearer tokens that may call what --admin allows, one a line."""
+    gpu_memory_bytes: int | None = None
+    """Most that the runtime may take on a GPU."""
+    otlp: str | None = None
+    """Traces of every call go to this OpenTelemetry collector, such as http://127.0.0.1:4317."""
+    log_requests: bool = False
+    """Log a line for every call."""
+    processes: int = 1
+    """Servers on the same port; the kernel gives each connection to one of them."""
+    drain_s: float = 30.0
+    """Seconds that running calls may go on when the server stops."""
