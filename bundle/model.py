@@ -70,8 +70,8 @@ class Model:
             return {name: np.zeros((0, width), np.float32) for name, width in widths.items()}
         return predict_logits(self.session, self.manifest.input, rows, batch_invariant=self.variant.batch_invariant)
 
-    def predict(self, raws: Sequence[bytes]) -> dict[str, np.ndarray]:
-        """The answers for raw examples, as bundle.outputs.answer_specs names them.
+    def rows(self, raws: Sequence[bytes]) -> list[np.ndarray]:
+        """Raw examples, preprocessed.
 
         Raises:
             BadInput: an example cannot be used; the message begins with its position.
@@ -82,7 +82,15 @@ class Model:
                 rows.append(self.encode(raw))
             except BadInput as error:
                 raise BadInput(f"example {i}: {error}") from error
-        return outputs.answers(self.manifest.tasks, self.logits(rows))
+        return rows
+
+    def predict(self, raws: Sequence[bytes]) -> dict[str, np.ndarray]:
+        """The answers for raw examples, as bundle.outputs.answer_specs names them.
+
+        Raises:
+            BadInput: an example cannot be used; the message begins with its position.
+        """
+        return outputs.answers(self.manifest.tasks, self.logits(self.rows(raws)))
 
 
 def load_model(path: Path, *, device: Device = "auto", threads: int | None = None) -> Model:
