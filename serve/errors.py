@@ -3,6 +3,11 @@
 EdgewardError
 ├── UnknownModel        no model of that name and version is served
 ├── NotReady            the server is stopping
+│   ├── QueueFull        too many requests wait for the model
+│   ├── Closed           the version was unloaded
+│   └── TimedOut         it waited in the queue for as long as it may
+├── DeadlineExceeded     the call's deadline passed before the model ran
+├── Cancelled            the caller gave up before the model ran
 ├── NotSupported        a part of the protocol that this server does not have
 ├── StartError          the server cannot start as it was asked to
 └── ServerError         a client's view: the server refused, failed or was not reached
@@ -19,6 +24,26 @@ class UnknownModel(EdgewardError):
 
 class NotReady(EdgewardError):
     """The server is stopping and takes no new calls."""
+
+
+class QueueFull(NotReady):
+    """Too many requests wait for the model already."""
+
+
+class Closed(NotReady):
+    """The version of the model was unloaded, or the server is stopping."""
+
+
+class TimedOut(NotReady):
+    """The request waited in the queue for as long as it may."""
+
+
+class DeadlineExceeded(EdgewardError):
+    """The call's deadline passed before the model ran; nothing was run."""
+
+
+class Cancelled(EdgewardError):
+    """The caller gave up before the model ran; nothing was run."""
 
 
 class NotSupported(EdgewardError):
