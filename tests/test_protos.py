@@ -39,7 +39,7 @@ FIELDS = {
     "ModelVersionPolicy.Latest": "num_versions=1",
     "ModelVersionPolicy.All": "",
     "ModelVersionPolicy.Specific": "versions=1",
-    "ModelInput": "name=1 data_type=2 dims=4 optional=8",
+    "ModelInput": "name=1 data_type=2 format=3 dims=4 optional=8",
     "ModelOutput": "name=1 data_type=2 dims=3 label_filename=4",
     "ModelInstanceGroup": "name=1 count=2 gpus=3 kind=4",
     "ModelQueuePolicy": "timeout_action=1 default_timeout_microseconds=2 allow_timeout_override=3 max_queue_size=4",
