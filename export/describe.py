@@ -120,6 +120,8 @@ def _outcome(one: Candidate, config: ExportConfig, findings: Findings) -> tuple[
         return "less accurate", f"the same kernels as {chosen.name}, further from the reference"
     if speed(one, config.optimize) >= speed(chosen, config.optimize):
         return "slower", f"slower than {chosen.name}"
+    if one.promising:
+        return "less accurate", f"not surely faster than {chosen.name}, and less accurate"
     return "not chosen", "within the budget on the selection split, but the gate was not to be expected to pass it"
 
 

@@ -185,15 +185,27 @@ def fits(candidate: Candidate, config: ExportConfig) -> bool:
 def choose(candidates: Sequence[Candidate], config: ExportConfig) -> Candidate:
     """The fastest that is surely faster than fp32 and that the gate is to be expected to pass.
 
-    Where there is none, of those within the budget on the selection split the one that is closest to passing. Else
+    Of several that the clock cannot tell from the fastest it is the most accurate. Where there is none, of those within the budget on the selection split the one that is closest to passing. Else
     fp32.
     """
     worthy = [one for one in candidates[1:] if is_faster(one, config.optimize) and fits(one, config)]
     promising = [one for one in worthy if one.promising]
     if promising:
-        return min(promising, key=lambda one: (speed(one, config.optimize), *_accuracy(one)))
+        fastest = min(promising, key=lambda one: (speed(one, config.optimize), *_accuracy(one)))
+        return min(_as_fast(promising, fastest, config.optimize), key=_accuracy)
     possible = [one for one in worthy if one.within_budget]
     return min(possible, key=lambda one: (*_accuracy(one), speed(one, config.optimize)), default=candidates[0])
+
+
+def _as_fast(candidates: Sequence[Candidate], fastest: Candidate, objective: Objective) -> list[Candidate]:
+    """Those whose interval of the latency meets that of the fastest; throughput has none."""
+    assert fastest.latency is not None
+    limit = fastest.latency.ratio_upper
+    if objective == "throughput":
+        return [one for one in candidates if speed(one, objective) == speed(fastest, objective)]
+    return [
+        one for one in candidates if one.latency is not None and (one.latency.ratio_lower or one.latency.ratio) <= limit
+    ]
 
 
 def _gate(candidates: Sequence[Candidate], failed: dict[Recipe, str], chosen: Candidate, bench: Bench) -> Findings:

@@ -1,6 +1,7 @@
 """Several tasks of mixed kinds, some labels missing, from a checkpoint to a served answer that is proved."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -264,6 +265,16 @@ def test_the_fastest_that_would_pass_is_chosen():
     assert search.choose([fp32, unsure], config) is unsure
     assert search.choose([fp32, hopeless], config) is fp32
     assert search.choose([fp32, candidate(DYNAMIC, 0.98, 0)], config) is fp32
+
+
+def test_of_two_that_the_clock_cannot_tell_apart_the_more_accurate_is_chosen():
+    """A faster median decides only where the intervals do not meet."""
+    config = ExportConfig(Path("checkpoint"), out=Path("bundle"))
+    fast, accurate = candidate(STATIC, 0.50, 0.02), candidate(DYNAMIC, 0.51, 0.01)
+    tried = [candidate(FP32, 1.0, 0), fast, accurate]
+    assert search.choose(tried, config) is fast
+    wide = replace(fast, latency=msgspec.structs.replace(fast.latency, ratio_upper=0.52))
+    assert search.choose([tried[0], wide, accurate], config) is accurate
 
 
 def test_limits_of_time_and_size_bind():
