@@ -185,8 +185,8 @@ def fits(candidate: Candidate, config: ExportConfig) -> bool:
 def choose(candidates: Sequence[Candidate], config: ExportConfig) -> Candidate:
     """The fastest that is surely faster than fp32 and that the gate is to be expected to pass.
 
-    Of several that the clock cannot tell from the fastest it is the most accurate. Where there is none, of those within the budget on the selection split the one that is closest to passing. Else
-    fp32.
+    Of several that the clock cannot tell from the fastest it is the most accurate. Where there is none, of those within
+    the budget on the selection split the one that is closest to passing. Else fp32.
     """
     worthy = [one for one in candidates[1:] if is_faster(one, config.optimize) and fits(one, config)]
     promising = [one for one in worthy if one.promising]
