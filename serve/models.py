@@ -1,125 +1,243 @@
 """What is served under one name and version: a bundle, a bundle's bare graph, or a plain ONNX graph."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from bundle import preprocess
 from bundle.errors import BadInput, ModelError
-from bundle.model import Model
-from bundle.outputs import answer_specs
+from bundle.host import cpu_count
+from bundle.model import MAX_ROWS, Model, predict_logits
+from bundle.outputs import answer_specs, answers
 from bundle.session import Session
 from bundle.tensor import NUMPY_TYPES, TensorSpec
+from protos import inference_pb2 as pb
+from serve.config import ServeConfig
 from serve.errors import StartError
+from serve.queue import Policy
 
 MAX_BATCH = 1024  # rows of one request to a bundle or to its bare graph
 
+ALONE = Policy()  # one run at a time, of one request
 
-@dataclass(frozen=True)
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """One thing that can be called."""
+    """One thing that can be called: a request is decoded, requests are run together, each result is encoded.
+
+    Attributes:
+        name: that it is asked for by.
+        version: the same.
+        platform: as ModelMetadata says it.
+        device: that it runs on.
+        threads: of one run on the CPU.
+        source: where it lies.
+        inputs: what a request must bring; of `optional` it may bring.
+        outputs: what an answer holds.
+        optional: names of inputs that may be left out.
+        labels: of the classes of an output, for the classification extension.
+        max_batch: rows of one request; 0: no axis is known to be the batch.
+        joins: whether requests may be joined to one run without changing an answer.
+        policy: how requests wait and are joined.
+        facts: what was gated, and how; parameters of ModelConfig.
+        config: what a config.pbtxt said.
+        decode: arrays of one request -> what `run` takes; raises BadInput.
+        run: several decoded requests, padded to a number of rows or as they are -> a result for each.
+        encode: one result -> outputs by name, BYTES as objects that are bytes or str.
+    """
 
     name: str
     version: int
     platform: Literal["edgeward_bundle", "onnxruntime_onnx"]
     device: Literal["cpu", "cuda", "tensorrt"]
+    threads: int
     source: Path
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    max_batch: int  # rows; 0: no axis is known to be the batch
-    run: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = field(repr=False)
-    facts: Mapping[str, str]  # what was gated, and how; parameters of ModelConfig
+    optional: frozenset[str] = frozenset()
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    max_batch: int
+    joins: bool
+    policy: Policy = ALONE
+    facts: Mapping[str, str]
+    config: pb.ModelConfig | None = None
+    decode: Callable[[Arrays], Any] = field(repr=False)
+    run: Callable[[Sequence[Any], int | None], Sequence[Any]] = field(repr=False)
+    encode: Callable[[Any], dict[str, np.ndarray]] = field(repr=False)
 
-    def infer(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name, BYTES as objects that are bytes or str.
+    def infer(self, arrays: Arrays) -> dict[str, np.ndarray]:
+        """The answer to one request, run alone."""
+        self.rows(arrays)
+        (result,) = self.run([self.decode(arrays)], None)
+        return self.encode(result)
 
-        Args:
-            arrays: every input, of the datatype and shape that `inputs` says.
+    def rows(self, arrays: Arrays) -> int:
+        """Of one request; 1 where no axis is known to be the batch.
 
         Raises:
-            BadInput: there are too many rows, or an example cannot be used.
-            ModelError: the runtime failed, or gave something else than `outputs` says.
+            BadInput: there are too many, or the inputs differ.
         """
+        if not self.max_batch:
+            return 1
         for name, array in arrays.items():
-            if self.max_batch and len(array) > self.max_batch:
+            if len(array) > self.max_batch:
                 raise BadInput(f"input {name!r} has {len(array)} rows; expected at most {self.max_batch}.")
-        if self.max_batch and len({len(array) for array in arrays.values()}) > 1:
+        if len({len(array) for array in arrays.values()}) > 1:
             rows = ", ".join(f"{name!r} has {len(array)}" for name, array in arrays.items())
             raise BadInput(f"the inputs differ in rows: {rows}; expected the same number.")
-        outputs = self.run(arrays)
-        for spec in self.outputs:
-            if outputs[spec.name].dtype != NUMPY_TYPES[spec.datatype]:
-                raise ModelError(f"output {spec.name!r} is {outputs[spec.name].dtype}, not {spec.datatype}.")
-        return outputs
+        return next((len(array) for array in arrays.values()), 1)
+
+    def key(self, arrays: Arrays) -> Hashable:
+        """Requests of one key may be joined to one run; with None it is never joined."""
+        if not self.max_batch:
+            return None
+        if self.platform == "edgeward_bundle":  # whose rows are collated, whatever their length
+            return ()
+        return tuple(sorted((name, array.shape[1:]) for name, array in arrays.items()))
 
 
-def served_bundle(model: Model, source: Path) -> ServedModel:
+def default_policy(config: ServeConfig, *, joins: bool, device: str, threads: int) -> Policy:
+    """How requests wait and are joined, where no config.pbtxt says it.
+
+    Args:
+        config: of the server.
+        joins: whether joining changes no answer; where it may, it is done only when the config asks for it.
+        device: that the model runs on; of a GPU every run takes all.
+        threads: of one run on the CPU.
+    """
+    most = (MAX_ROWS if joins else 1) if config.max_batch is None else config.max_batch
+    at_once = max(1, cpu_count() // threads) if device == "cpu" else 1
+    return Policy(
+        max_batch=most,
+        max_delay_s=config.max_delay_ms / 1e3,
+        sizes=tuple(sorted(config.batch_sizes)),
+        max_queue=config.max_queue,
+        instances=config.instances or at_once,
+    )
+
+
+def served_bundle(model: Model, source: Path, policy: Policy = ALONE) -> ServedModel:
     """Raw examples in, answers out."""
     manifest = model.manifest
     inputs = preprocess.wire_inputs(manifest.input)
     where = " and ".join(repr(spec.name) for spec in inputs)
+    joined = policy.max_batch > 1  # an answer may then depend on its neighbours, where the variant's does
 
-    def run(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def decode(arrays: Arrays) -> list[np.ndarray]:
         try:
-            return model.predict(preprocess.raw_examples(manifest.input, arrays))
+            return model.rows(preprocess.raw_examples(manifest.input, arrays))
         except BadInput as error:
             raise BadInput(f"input {where}, {error}") from error
+
+    def run(requests: Sequence[list[np.ndarray]], size: int | None) -> list[dict[str, np.ndarray]]:
+        rows = [row for request in requests for row in request]
+        if not rows:
+            return [model.logits(rows) for _ in requests]
+        rows += rows[-1:] * ((size or 0) - len(rows))
+        invariant = model.variant.batch_invariant or joined
+        logits = predict_logits(model.session, manifest.input, rows, batch_invariant=invariant)
+        return _parted(logits, [len(request) for request in requests])
 
     return ServedModel(
         name=manifest.name,
         version=manifest.version,
         platform="edgeward_bundle",
         device=model.session.device,
+        threads=model.session.threads,
         source=source,
         inputs=inputs,
         outputs=answer_specs(manifest.tasks),
         max_batch=MAX_BATCH,
-        run=run,
+        joins=model.variant.batch_invariant,
+        policy=policy,
         facts=_facts(model),
+        decode=decode,
+        run=run,
+        encode=lambda logits: answers(manifest.tasks, logits),
     )
 
 
-def bare_graph(model: Model, source: Path) -> ServedModel:
+def bare_graph(model: Model, source: Path, policy: Policy = ALONE) -> ServedModel:
     """The bundle's graph without its preprocessing: tensors in, logits out."""
     return ServedModel(
         name=f"{model.manifest.name}.onnx",
         version=model.manifest.version,
-        platform="onnxruntime_onnx",
-        device=model.session.device,
-        source=source,
-        inputs=model.session.inputs,
-        outputs=model.session.outputs,
+        joins=model.variant.batch_invariant,
         max_batch=MAX_BATCH,
-        run=model.session.run,
         facts=_facts(model),
+        **_graph(model.session, source, policy),
     )
 
 
-def plain_graph(session: Session, name: str, version: int, source: Path) -> ServedModel:
-    """A graph that no gate has seen, as it is."""
-    text = [spec.name for spec in session.inputs if spec.datatype == "BYTES"]
-
-    def run(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return session.run({**arrays, **{key: _decode(arrays[key], key) for key in text}})
-
+def plain_graph(session: Session, name: str, version: int, source: Path, policy: Policy = ALONE) -> ServedModel:
+    """A graph that no gate has seen, as it is, and with no axis that is known to be the batch."""
     return ServedModel(
         name=name,
         version=version,
-        platform="onnxruntime_onnx",
-        device=session.device,
-        source=source,
-        inputs=session.inputs,
-        outputs=session.outputs,
+        joins=False,
         max_batch=0,
-        run=run,
         facts={"gate": "ungated"},
+        **_graph(session, source, policy),
     )
 
 
-def _decode(array: np.ndarray, name: str) -> np.ndarray:
+def _graph(session: Session, source: Path, policy: Policy) -> dict[str, Any]:
+    """What every ServedModel that takes tensors has in common."""
+    text = [spec.name for spec in session.inputs if spec.datatype == "BYTES"]
+
+    def decode(arrays: Arrays) -> Arrays:
+        return {**arrays, **{key: _decoded(arrays[key], key) for key in text if key in arrays}}
+
+    def run(requests: Sequence[Arrays], size: int | None) -> Sequence[dict[str, np.ndarray]]:
+        if len(requests) == 1 and size is None:
+            return [session.run(requests[0])]
+        counts = [len(next(iter(request.values()))) for request in requests]
+        joined = {name: _joined([request[name] for request in requests], size) for name in requests[0]}
+        outputs = session.run(joined)
+        return _parted(outputs, counts)
+
+    def encode(result: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        for spec in session.outputs:
+            if result[spec.name].dtype != NUMPY_TYPES[spec.datatype]:
+                raise ModelError(f"output {spec.name!r} is {result[spec.name].dtype}, not {spec.datatype}.")
+        return result
+
+    return {
+        "platform": "onnxruntime_onnx",
+        "device": session.device,
+        "threads": session.threads,
+        "source": source,
+        "inputs": session.inputs,
+        "outputs": session.outputs,
+        "policy": policy,
+        "decode": decode,
+        "run": run,
+        "encode": encode,
+    }
+
+
+def _joined(arrays: Sequence[np.ndarray], size: int | None) -> np.ndarray:
+    """The rows of all, and the last one as often as it takes to make `size`."""
+    missing = max((size or 0) - sum(map(len, arrays)), 0)
+    padding = [np.repeat(arrays[-1][-1:], missing, axis=0)] if missing else []
+    return np.concatenate([*arrays, *padding])
+
+
+def _parted(outputs: Mapping[str, np.ndarray], counts: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    """Outputs of joined requests, in parts of so many rows; what padding gave is left out."""
+    ends = np.cumsum(counts).tolist()
+    return [
+        {name: array[end - count : end] for name, array in outputs.items()}
+        for count, end in zip(counts, ends, strict=True)
+    ]
+
+
+def _decoded(array: np.ndarray, name: str) -> np.ndarray:
     decoded = np.empty(array.shape, object)  # the runtime takes str; of bytes it would take the repr
     for index, element in np.ndenumerate(array):
         try:
