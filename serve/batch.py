@@ -1,0 +1,133 @@
+"""One batch, from its inputs to its outcomes: decode each request, run all together, encode each answer."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import structlog
+
+from serve.errors import DeadlineExceeded
+from serve.queue import Job
+from serve.statistics import Statistics
+
+log = structlog.get_logger()
+
+Outcome = Mapping[str, np.ndarray] | Exception
+
+
+class Runs(Protocol):
+    """What can be run: a served model."""
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+
+    def decode(self, arrays: Mapping[str, np.ndarray]) -> Any:
+        """One request, made ready for `run`. Raises BadInput, and then only this request fails."""
+
+    def run(self, decoded: Sequence[Any], size: int | None) -> Sequence[Any]:
+        """One run for all requests, padded to `size` rows. Returns one result for each request."""
+
+    def encode(self, result: Any) -> Mapping[str, np.ndarray]:
+        """The outputs of one request."""
+
+
+@dataclass(slots=True)
+class _Request:
+    job: Job
+    decoded: Any
+    decode_ns: int
+
+
+def run_batch(
+    model: Runs, jobs: Sequence[Job], sizes: Sequence[int], statistics: Statistics
+) -> Iterator[tuple[Job, Outcome]]:
+    """Each job once, with its outputs or with what went wrong, as soon as that is known.
+
+    A run that fails with several requests is repeated with each alone, so that nobody fails for a neighbour.
+
+    Args:
+        model: what to run.
+        jobs: of one key.
+        sizes: rows to pad to, ascending.
+        statistics: counts those that succeed, before they are yielded; the others are left to the caller.
+    """
+    requests = []
+    for job in jobs:
+        start = time.perf_counter_ns()
+        try:
+            decoded = model.decode(job.arrays)
+        except Exception as error:
+            yield job, error
+        else:
+            requests.append(_Request(job, decoded, time.perf_counter_ns() - start))
+    yield from _run(model, requests, sizes, statistics)
+
+
+def _run(
+    model: Runs, requests: Sequence[_Request], sizes: Sequence[int], statistics: Statistics
+) -> Iterator[tuple[Job, Outcome]]:
+    now = time.monotonic()
+    in_time = []
+    for request in requests:
+        if request.job.deadline is not None and request.job.deadline <= now:
+            yield request.job, DeadlineExceeded("the deadline passed before the model ran; nothing was run.")
+        else:
+            in_time.append(request)
+    if not in_time:
+        return
+    start = time.perf_counter_ns()
+    try:
+        results = model.run([request.decoded for request in in_time], _size(in_time, sizes))
+        assert len(results) == len(in_time), f"{len(results)} results for {len(in_time)} requests"
+    except Exception as error:
+        if len(in_time) == 1:
+            yield in_time[0].job, error
+            return
+        log.warning("batch failed, each request is run alone", model=model.name, requests=len(in_time), exc_info=error)
+    else:
+        yield from _encode(model, in_time, results, start, statistics)
+        return
+    for request in in_time:
+        yield from _run(model, [request], sizes, statistics)
+
+
+def _size(requests: Sequence[_Request], sizes: Sequence[int]) -> int | None:
+    if requests[0].job.key is None:
+        return None
+    rows = sum(request.job.rows for request in requests)
+    return next((size for size in sizes if size >= rows), None)
+
+
+def _encode(
+    model: Runs, requests: Sequence[_Request], results: Sequence[Any], start: int, statistics: Statistics
+) -> Iterator[tuple[Job, Outcome]]:
+    ran = time.perf_counter_ns()
+    encoded: list[tuple[_Request, Outcome]] = []
+    for request, result in zip(requests, results, strict=True):
+        try:
+            encoded.append((request, model.encode(result)))
+        except Exception as error:
+            yield request.job, error
+    ended = time.perf_counter_ns()
+    for request, _ in encoded:
+        times = request.job.times
+        times.decoded, times.ran, times.ended = start, ran, ended
+    if encoded:
+        _count([request for request, _ in encoded], statistics)
+    for request, outputs in encoded:
+        yield request.job, outputs
+
+
+def _count(requests: Sequence[_Request], statistics: Statistics) -> None:
+    times = [request.job.times for request in requests]
+    statistics.ran(
+        rows=[request.job.rows for request in requests],
+        queue_ns=[each.started - each.queued for each in times],
+        decode_ns=sum(request.decode_ns for request in requests),
+        run_ns=times[0].ran - times[0].decoded,
+        encode_ns=times[0].ended - times[0].ran,
+        total_ns=[each.ended - each.queued for each in times],
+    )

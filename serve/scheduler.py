@@ -1,0 +1,269 @@
+"""Runs requests: each as soon as an instance is free, several in one run where that is allowed.
+
+A request has one owner at any moment: the queue, or the one thread that took it out under the lock. Only its owner
+calls `done`, and always outside the lock; that is why it is called exactly once.
+"""
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from bundle.errors import BadInput, EdgewardError
+from serve.batch import Outcome, Runs, run_batch
+from serve.errors import Cancelled, Closed, DeadlineExceeded, QueueFull, TimedOut
+from serve.queue import Job, Policy, Queue, Times
+from serve.statistics import Reason, Statistics
+
+__all__ = ["Job", "Policy", "Runs", "Scheduler", "Times"]
+
+log = structlog.get_logger()
+
+_REASONS: dict[type[Exception], Reason] = {
+    Closed: "rejected",
+    TimedOut: "timeout",
+    DeadlineExceeded: "deadline",
+    Cancelled: "cancelled",
+    BadInput: "bad_input",
+}
+
+
+class Scheduler:
+    """The queue of one version of a model, and the threads that run what is in it.
+
+    The threads start with the first job, sleep while there is nothing to do, and end when the scheduler is closed.
+    """
+
+    def __init__(self, model: Runs, policy: Policy, statistics: Statistics) -> None:
+        self._model = model
+        self._policy = policy
+        self._statistics = statistics
+        self._queue = Queue(model.name, policy)
+        self._lock = threading.Lock()  # guards the queue and all that follows
+        self._work = threading.Condition(self._lock)  # a job came, an instance became free, or it was closed
+        self._alarm = threading.Condition(self._lock)  # a job came that expires before the watcher wakes
+        self._ended = threading.Condition(self._lock)  # no job is left
+        self._started = False
+        self._closed = False
+        self._busy = 0  # runs
+        self._open = 0  # jobs whose `done` has not returned
+        self._wakes = -math.inf  # when the watcher wakes by itself; -inf: it is awake, and will look at all jobs
+        self._order: deque[Job] = deque()  # with preserve_order: the jobs whose `done` has not been called
+        self._outcomes: dict[Job, Outcome] = {}  # of those that wait for an earlier one's
+        self._telling = False  # whether a thread calls `done` in order
+
+    @property
+    def pending(self) -> int:
+        """Requests that wait."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Requests that were taken out of the queue and have not been told their outcome."""
+        with self._lock:
+            return self._open - len(self._queue)
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; `done` gets its outcome, and may get it before this returns.
+
+        Raises:
+            QueueFull: too many wait.
+            Closed: the model is being unloaded. This is not counted, as its successor may take the job.
+            BadInput: there is no such priority.
+        """
+        job.times.queued = time.perf_counter_ns()
+        level = self._level(job)
+        try:
+            with self._lock:
+                if self._closed:
+                    raise self._closing()
+                self._start()
+                self._queue.add(job, level, self._policy.instances - self._busy)
+                self._expect(job)
+                if self._busy < self._policy.instances:
+                    self._work.notify()
+                if job.expires < self._wakes:
+                    self._alarm.notify()
+        except QueueFull:
+            self._statistics.failed("rejected", 0)
+            raise
+
+    def try_inline(self, job: Job) -> bool:
+        """Run a job in this thread, when nothing waits and an instance is free; else do nothing.
+
+        Returns:
+            Whether it was run. `done` was called then; with preserve_order it is called after those that came before.
+
+        Raises:
+            BadInput: there is no such priority.
+        """
+        job.times.queued = job.times.started = time.perf_counter_ns()
+        self._level(job)
+        with self._lock:
+            if self._closed or self._queue or self._busy >= self._policy.instances or self._queue.joins(job):
+                return False
+            self._expect(job)
+            self._busy += 1
+        self._execute([job])
+        return True
+
+    def cancel(self, job: Job) -> None:
+        """Drop a job that still waits: `done` gets Cancelled. One that runs, or has ended, is left alone."""
+        with self._lock:
+            if not job.waits:
+                return
+            self._queue.remove(job)
+        self._finish(job, Cancelled("the request was cancelled while it waited; nothing was run."))
+
+    def close(self, drain_s: float) -> bool:
+        """Take no more jobs, run those that wait, end the threads.
+
+        Args:
+            drain_s: how long that may take. Those that still wait then get Closed, those that run go on.
+
+        Returns:
+            Whether all jobs had ended in time.
+        """
+        with self._lock:
+            self._closed = True
+            self._work.notify_all()  # nothing waits for others any more
+            ended = self._ended.wait_for(lambda: not self._open, min(drain_s, threading.TIMEOUT_MAX))
+            left = self._queue.clear()
+            self._work.notify_all()
+            self._alarm.notify_all()
+        for job in left:
+            self._finish(job, self._closing())
+        return ended
+
+    def _level(self, job: Job) -> int:
+        try:
+            return self._queue.level(job)
+        except BadInput:
+            self._statistics.failed("bad_input", 0)
+            raise
+
+    def _closing(self) -> Closed:
+        return Closed(f"model {self._model.name!r} is being unloaded, or the server is stopping.")
+
+    def _expect(self, job: Job) -> None:
+        self._open += 1
+        if self._policy.preserve_order:
+            self._order.append(job)
+
+    def _start(self) -> None:
+        if self._started:
+            return
+        for _ in range(self._policy.instances):
+            threading.Thread(target=_repeat, args=(self._run,), name=f"run-{self._model.name}", daemon=True).start()
+        threading.Thread(target=_repeat, args=(self._watch,), name=f"watch-{self._model.name}", daemon=True).start()
+        self._started = True
+
+    def _watch(self) -> bool:
+        """Drop what has expired, or sleep until the next may have; False when there is nothing left to watch.
+
+        A runner drops what has expired, too, but may be busy when it does.
+        """
+        with self._lock:
+            dropped = self._queue.expire()
+            if not dropped:
+                if self._closed and not self._queue:
+                    return False
+                self._wakes = self._queue.expires
+                self._alarm.wait(min(self._wakes - time.monotonic(), threading.TIMEOUT_MAX))
+                self._wakes = -math.inf
+        for job, error in dropped:
+            self._finish(job, error)
+        return True
+
+    def _run(self) -> bool:
+        """Run the next batch; False when there will be none."""
+        with self._lock:
+            batch, dropped = self._take()
+        for job, error in dropped:
+            self._finish(job, error)
+        if batch:
+            self._execute(batch)
+        return bool(batch or dropped)
+
+    def _take(self) -> tuple[list[Job], list[tuple[Job, EdgewardError]]]:
+        """Wait for jobs to run or for jobs to drop, and take them out; none when it is closed and nothing waits."""
+        while True:
+            dropped = self._queue.expire()
+            if dropped:
+                return [], dropped
+            batch, wait_s = self._ready()
+            if batch or (self._closed and not self._queue):
+                return batch, []
+            self._work.wait(wait_s)
+
+    def _ready(self) -> tuple[list[Job], float | None]:
+        """What is to run now, taken out; or nothing, and how long to wait unless something changes."""
+        if not self._queue or self._busy >= self._policy.instances:
+            return [], None
+        batch = self._queue.batch()
+        wait_s = 0.0 if self._closed else self._queue.delay_s(batch)
+        if wait_s > 0:
+            return [], wait_s
+        now = time.perf_counter_ns()
+        for job in batch:
+            self._queue.remove(job)
+            job.times.started = now
+        self._busy += 1
+        if self._queue:
+            self._work.notify()  # another runner may be free for what is left
+        return batch, None
+
+    def _execute(self, batch: Sequence[Job]) -> None:
+        for job, outcome in run_batch(self._model, batch, self._policy.sizes, self._statistics):
+            self._finish(job, outcome)
+        with self._lock:
+            self._busy -= 1
+            if self._queue:
+                self._work.notify()
+
+    def _finish(self, job: Job, outcome: Outcome) -> None:
+        """Tell a job its outcome; with preserve_order after those that came before it, whoever runs them."""
+        if isinstance(outcome, Exception):
+            job.times.ended = time.perf_counter_ns()
+            self._statistics.failed(_reason(outcome), job.times.ended - job.times.queued)
+        if not self._policy.preserve_order:
+            self._tell(job, outcome)
+            return
+        with self._lock:
+            self._outcomes[job] = outcome
+            if self._telling:
+                return  # that thread will see it
+            self._telling = True
+        while (told := self._next_told()) is not None:
+            self._tell(*told)
+
+    def _next_told(self) -> tuple[Job, Outcome] | None:
+        with self._lock:
+            if self._order and self._order[0] in self._outcomes:
+                job = self._order.popleft()
+                return job, self._outcomes.pop(job)
+            self._telling = False
+            return None
+
+    def _tell(self, job: Job, outcome: Outcome) -> None:
+        try:
+            job.done(outcome)
+        except Exception as error:  # the caller's fault, for which neither the thread nor a neighbour is to pay
+            log.error("outcome lost", model=self._model.name, exc_info=error)
+        with self._lock:
+            self._open -= 1
+            if not self._open:
+                self._ended.notify_all()
+
+
+def _reason(error: Exception) -> Reason:
+    return next((reason for kind, reason in _REASONS.items() if isinstance(error, kind)), "error")
+
+
+def _repeat(turn: Callable[[], bool]) -> None:
+    """Call until it says False; what a turn holds of requests ends with its frame, not with the next request."""
+    while turn():
+        pass
