@@ -8,8 +8,14 @@ EdgewardError
 │   └── TimedOut         it waited in the queue for as long as it may
 ├── DeadlineExceeded     the call's deadline passed before the model ran
 ├── Cancelled            the caller gave up before the model ran
+├── NotFound             nothing of that name is registered
+├── AlreadyExists        the name is taken
+├── LimitReached         there are as many of them as may be
 ├── NotSupported        a part of the protocol that this server does not have
 ├── StartError          the server cannot start as it was asked to
+│   ├── ConfigRefused    a config.pbtxt contradicts its graph, or asks for what is not done here
+│   └── GateNotPassed    no accuracy gate has passed it, and the server asks for one
+├── LoadFailed           a model was not loaded; what was served is served still
 └── ServerError         a client's view: the server refused, failed or was not reached
 """
 
@@ -46,12 +52,36 @@ class Cancelled(EdgewardError):
     """The caller gave up before the model ran; nothing was run."""
 
 
+class NotFound(EdgewardError):
+    """Nothing of that name is registered."""
+
+
+class AlreadyExists(EdgewardError):
+    """The name is taken."""
+
+
+class LimitReached(EdgewardError):
+    """There are as many of them as the server allows; nothing was added."""
+
+
 class NotSupported(EdgewardError):
     """The request uses a part of the protocol that this server does not have."""
 
 
 class StartError(EdgewardError):
     """The server cannot start as it was asked to: paths, names, gates or the port."""
+
+
+class ConfigRefused(StartError):
+    """A config.pbtxt contradicts itself or its graph, or asks for what is not done here. Its text names no path."""
+
+
+class GateNotPassed(StartError):
+    """No accuracy gate has passed the model, and the server was started with --require-gate."""
+
+
+class LoadFailed(EdgewardError):
+    """A model was not loaded; what was served is served still. Its text is for clients: it names no path."""
 
 
 class ServerError(EdgewardError):
