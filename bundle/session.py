@@ -1,9 +1,11 @@
 """The only place where an ONNX Runtime session is made; the gate, the server, the scorer and the benchmarks run it."""
 
+import ctypes
 import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +14,7 @@ import structlog
 
 from bundle.errors import DeviceUnavailable, MissingExtra, ModelError
 from bundle.host import cpu_count, products_saturate
-from bundle.tensor import TensorSpec
+from bundle.tensor import NUMPY_TYPES, TensorSpec
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import, which already writes below HOME; "" and "0" leave it on
 try:
@@ -42,11 +44,13 @@ _DATATYPES = {
     "tensor(uint32)": "UINT32",
     "tensor(uint64)": "UINT64",
     "tensor(float16)": "FP16",
+    "tensor(bfloat16)": "BF16",
     "tensor(float)": "FP32",
     "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
 }
 
+_BFLOAT16 = 16  # in ONNX's TensorProto.DataType
 _SLOW = {"cpu": ["SkipLayerNormFusion"]}  # optimisations whose kernels are slower there than what they replace
 _KERNEL = "_kernel_time"  # ends the name of a profile's event that is a node's
 
@@ -56,7 +60,8 @@ class Session:
 
     Attributes:
         device: "cpu", "cuda" or "tensorrt", the one it really runs on.
-        inputs: what the graph takes, in its order.
+        inputs: what the graph must be given, in its order.
+        optional: what it may be given: inputs of an ONNX optional type, and initializers that are inputs as well.
         outputs: what the graph gives, in its order.
     """
 
@@ -78,9 +83,18 @@ class Session:
         """
         self.threads = cpu_count() if threads is None else max(1, threads)
         self.device, self._session = _start(graph, device, self.threads, optimize)
-        self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
-        self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
+        taken, replaceable = self._session.get_inputs(), self._session.get_overridable_initializers()
+        self.inputs = tuple(_spec(node, "input") for node in taken if not _is_optional(node))
+        self.optional = (
+            *(_spec(node, "input") for node in taken if _is_optional(node)),
+            *(_spec(node, "input") for node in replaceable if node.type in _DATATYPES),
+        )
+        self.outputs = tuple(_spec(node, "output") for node in self._session.get_outputs())
         self._output_names = [spec.name for spec in self.outputs]
+        self._run = self._session.run
+        if "BF16" in {spec.datatype for spec in (*self.inputs, *self.optional, *self.outputs)}:
+            _check_no_strings((*self.inputs, *self.optional))
+            self._run = partial(_run_bfloat16, self._session)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name.
@@ -89,7 +103,7 @@ class Session:
             ModelError: the runtime refuses the inputs, or fails.
         """
         try:
-            values = self._session.run(self._output_names, feeds)
+            values = self._run(self._output_names, feeds)
         except Exception as error:  # onnxruntime's own classes derive from Exception, RuntimeError or ValueError
             raise ModelError(f"ONNX Runtime failed: {error}") from error
         return dict(zip(self._output_names, values, strict=True))
@@ -143,7 +157,11 @@ def node_times(graph: bytes, feeds: Sequence[Mapping[str, np.ndarray]], *, threa
         options.profile_file_prefix = str(Path(folder) / "profile")
         try:
             session = onnxruntime.InferenceSession(
-                graph, sess_options=options, providers=["CPUExecutionProvider"], enable_fallback=0
+                graph,
+                sess_options=options,
+                providers=_PROVIDERS["cpu"],
+                enable_fallback=0,
+                disabled_optimizers=_SLOW["cpu"],
             )
             for feed in (*feeds[:1], *feeds[:1], *feeds):
                 session.run(None, feed)
@@ -212,8 +230,49 @@ def _options(threads: int, optimize: bool) -> onnxruntime.SessionOptions:
     return options
 
 
-def _spec(node: onnxruntime.NodeArg) -> TensorSpec:
-    if node.type not in _DATATYPES:
-        raise ModelError(f"tensor {node.name!r} has type {node.type}, which is not supported.")
+def _is_optional(node: onnxruntime.NodeArg) -> bool:
+    return node.type.startswith("optional(") and node.type[9:-1] in _DATATYPES
+
+
+def _check_no_strings(inputs: Sequence[TensorSpec]) -> None:
+    strings = [spec.name for spec in inputs if spec.datatype == "BYTES"]
+    if strings:
+        raise ModelError(
+            f"the graph has tensors of BF16 and takes {strings[0]!r}, of BYTES: ONNX Runtime cannot be given both from "
+            "Python. Cast one of them in the graph."
+        )
+
+
+def _run_bfloat16(
+    session: onnxruntime.InferenceSession, names: Sequence[str], feeds: Mapping[str, np.ndarray]
+) -> list[np.ndarray]:
+    """As session.run, which knows no bfloat16 because numpy has none: here it is two raw bytes."""
+    values = {name: _ort_value(array) for name, array in feeds.items()}
+    return [_array(value) for value in session.run_with_ort_values(names, values)]
+
+
+def _ort_value(array: np.ndarray) -> onnxruntime.OrtValue:
+    array = np.asarray(array, order="C")
+    if array.dtype != NUMPY_TYPES["BF16"]:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _BFLOAT16)
+
+
+def _array(value: onnxruntime.OrtValue) -> np.ndarray:
+    if value.data_type() != "tensor(bfloat16)":
+        array: np.ndarray = value.numpy()
+        return array
+    data = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())  # copied: the memory is the value's
+    return np.frombuffer(data, NUMPY_TYPES["BF16"]).reshape(value.shape())
+
+
+def _spec(node: onnxruntime.NodeArg, place: str) -> TensorSpec:
+    kind = node.type[9:-1] if place == "input" and _is_optional(node) else node.type
+    if kind not in _DATATYPES:
+        raise ModelError(
+            f"{place} {node.name!r} is of type {node.type}, which is not supported; what can be taken and given are "
+            f"tensors of {', '.join(_DATATYPES.values())}. Sequences, maps, sparse tensors, float8 and what is smaller "
+            "than a byte must stay inside the graph."
+        )
     shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
-    return TensorSpec(node.name, _DATATYPES[node.type], shape)
+    return TensorSpec(node.name, _DATATYPES[kind], shape)

@@ -15,7 +15,7 @@ from bundle.model import predict_logits
 from bundle.session import Session, node_times
 from export import fidelity, gate, graph, mixed, placement, timing
 from export.config import ExportConfig
-from export.ladder import Compiler, Recipe
+from export.ladder import FP32, Compiler, Recipe
 from export.mixed import Kept
 from export.placement import Group
 from export.source import Source, Split
@@ -112,8 +112,13 @@ class Bench:
 
     @cached_property
     def reference(self) -> Session:
-        """The fp32 graph with all the threads that it may have."""
-        return Session(self.source.graph, device=self._target.device, threads=self.config.threads)
+        """The fp32 graph with as many threads as make it fastest: a small one may lose time by sharing it out."""
+        return Session(self.source.graph, device=self._target.device, threads=self._fp32.threads)
+
+    @cached_property
+    def _fp32(self) -> Latency:
+        """Of the fp32 graph, whose ratio is 1 by definition."""
+        return self._memory.record(Latency, "fp32", self.config.threads, compute=self._fp32_latency)
 
     def measure(self, recipe: Recipe) -> Candidate:
         """Compile a recipe and run it over the selection split; its speed is not looked at.
@@ -211,9 +216,10 @@ class Bench:
 
     def time(self, candidate: Candidate) -> Candidate:
         """The candidate with its latency and, where that counts, its throughput."""
-        latency = self._memory.record(
-            Latency, "latency", self.config.threads, candidate.recipe.kernels, compute=lambda: self._latency(candidate)
-        )
+        what = ("latency", self.config.threads, candidate.recipe.kernels)
+        latency = self._fp32
+        if candidate.recipe != FP32:
+            latency = self._memory.record(Latency, *what, compute=lambda: self._latency(candidate))
         timed = replace(candidate, latency=latency)
         if self.config.optimize == "throughput":
             timed = replace(timed, throughput=self.at_batch(timed, max(BATCHES)))
@@ -230,9 +236,18 @@ class Bench:
         what = ("batch", batch, self.config.threads, candidate.latency.threads, candidate.recipe.kernels)
         return self._memory.record(BatchLatency, *what, compute=lambda: self._at_batch(candidate, size))
 
+    def _fp32_latency(self) -> Latency:
+        feeds = [preprocess.collate([row], self.source.spec) for row in self.source.sample]
+        everything = Session(self.source.graph, device=self._target.device, threads=self.config.threads)
+        times, session = timing.fastest(self.source.graph, everything, feeds, self._timer, threads=self.config.threads)
+        ms = times.p50_ms
+        return Latency(p50_ms=ms, fp32_p50_ms=ms, ratio=1.0, ratio_lower=1.0, ratio_upper=1.0, threads=session.threads)
+
     def _latency(self, candidate: Candidate) -> Latency:
         feeds = [preprocess.collate([row], self.source.spec) for row in self.source.sample]
-        times, session = timing.fastest(candidate.graph, self.reference, feeds, self._timer)
+        times, session = timing.fastest(
+            candidate.graph, self.reference, feeds, self._timer, threads=self.config.threads
+        )
         return Latency(
             p50_ms=times.p50_ms,
             fp32_p50_ms=times.reference_p50_ms,

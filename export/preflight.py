@@ -76,10 +76,10 @@ def preflight(
     int8 = _quantize(fp32, spec, rows)
     reference = Session(fp32, device="cpu", threads=threads)
     feeds = [preprocess.collate([row], spec) for row in rows[:SAMPLES]]
-    times, session = timing.fastest(fp32, reference, feeds, timer)
+    times, session = timing.fastest(fp32, reference, feeds, timer, threads=threads)
     fp32_ms, int8_ms, drift = times.p50_ms, None, None
     if int8 is not None:
-        times, compiled = timing.fastest(int8, reference, feeds, timer)
+        times, compiled = timing.fastest(int8, reference, feeds, timer, threads=threads)
         int8_ms = times.p50_ms
         drift = _drift(_variant(spec), reference, compiled, spec, rows)
         session = compiled if int8_ms < fp32_ms else session

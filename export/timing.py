@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bundle.host import cpu_count
 from bundle.session import Session
 
 Feeds = Mapping[str, np.ndarray]
@@ -63,19 +64,25 @@ def interleaved(candidate: Session, reference: Session, feeds: Sequence[Feeds]) 
 
 
 def fastest(
-    compiled: bytes, reference: Session, feeds: Sequence[Feeds], timer: Timer = interleaved
+    compiled: bytes,
+    reference: Session,
+    feeds: Sequence[Feeds],
+    timer: Timer = interleaved,
+    *,
+    threads: int | None = None,
 ) -> tuple[Timing, Session]:
-    """A graph with as many threads as suit it: one, or those of the reference; a small model loses by sharing its work.
+    """A graph with as many threads as suit it, one or all: a small model loses by sharing its work out.
 
     Args:
         compiled: the graph.
-        reference: what it is timed against, and of how many threads.
+        reference: what it is timed against.
         feeds: inputs of one example each.
         timer: compares the latency of two sessions.
+        threads: all of them; None: all cores that this process may use.
     """
     timed = []
-    for threads in sorted({1, reference.threads}, reverse=True):
-        session = Session(compiled, device=reference.device, threads=threads)
+    for count in sorted({1, threads or cpu_count()}, reverse=True):
+        session = Session(compiled, device=reference.device, threads=count)
         timed.append((timer(session, reference, feeds), session))
     return min(timed, key=lambda each: each[0].ratio)
 
