@@ -1,35 +1,47 @@
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 
-from benchmarks.peers.judge import Made, Row, best, front, plain, ranked, table
+from benchmarks.peers.judge import Made, Row, best, plain, ranked, table
 from export.gate import judge
 
 TRUTH = np.arange(1000) % 2
 
 
-def row(name, *, lost, ratio):
+def row(name, *, lost, ratio, width=0.0):
     """A file that answers `lost` of 1000 examples wrong, all of which PyTorch answers right, at a latency ratio."""
-    record = judge(TRUTH, TRUTH, np.where(np.arange(1000) < lost, 1 - TRUTH, TRUTH), budget=0.01)
-    timing = SimpleNamespace(ratio=ratio, ratio_upper=ratio, p50_ms=ratio, reference_p50_ms=1.0)
-    return Row(Made(name, None, options="as made"), record, timing, threads=1, mb=1.0)
+    answers = np.where(np.arange(1000) < lost, 1 - TRUTH, TRUTH)
+    record = judge(TRUTH, TRUTH, answers, budget=0.01)
+    timing = SimpleNamespace(
+        ratio=ratio, ratio_lower=ratio - width, ratio_upper=ratio + width, p50_ms=ratio, reference_p50_ms=1.0
+    )
+    return Row(Made(name, None, options="as made"), record, timing, threads=1, mb=1.0, right=answers == TRUTH)
 
 
-@pytest.mark.parametrize(
-    ("points", "expected"),
-    [
-        ({"a": (0.0, 0.5), "b": (0.01, 0.4)}, {"a", "b"}),  # each better in one
-        ({"a": (0.0, 0.5), "b": (0.01, 0.5)}, {"a"}),  # as fast, less accurate
-        ({"a": (0.0, 0.5), "b": (0.0, 0.6)}, {"a"}),  # as accurate, slower
-        ({"a": (0.0, 0.5), "b": (0.0, 0.5)}, {"a", "b"}),  # equal: neither beats the other
-        ({"a": (-0.01, 0.4), "b": (0.0, 0.5), "c": (0.02, 0.3)}, {"a", "c"}),
-        ({}, set()),
-    ],
-)
-def test_front_is_what_nothing_beats(points, expected):
-    """A point is off the front when another is no worse in both and better in one."""
-    assert front(points) == expected
+def names(*rows):
+    return best(rows)
+
+
+def test_front_is_what_nothing_surely_beats():
+    """A row is off the front when another is no worse in both and surely better in one; a file that fails is not on."""
+    accurate = row("accurate", lost=0, ratio=0.5)
+    assert names(accurate, row("faster", lost=2, ratio=0.4)) == {"accurate", "faster"}
+    assert names(accurate, row("slower", lost=0, ratio=0.6)) == {"accurate"}
+    assert names(row("alike", lost=0, ratio=0.5), accurate) == {"accurate", "alike"}
+    assert names(row("failing", lost=60, ratio=0.1), accurate) == {"accurate"}
+    assert names() == set()
+
+
+def test_what_cannot_be_told_is_no_loss():
+    """One answer fewer of 1000, or a median within the other's interval, does not beat; five answers fewer do."""
+    good = row("good", lost=0, ratio=0.5)
+    assert names(good, row("one fewer", lost=1, ratio=0.5)) == {"good", "one fewer"}
+    assert names(good, row("five fewer", lost=5, ratio=0.5)) == {"good"}
+    assert names(row("fast", lost=0, ratio=0.49, width=0.02), row("own", lost=0, ratio=0.5, width=0.02)) == {
+        "fast",
+        "own",
+    }
+    assert names(row("fast", lost=0, ratio=0.45, width=0.02), row("own", lost=0, ratio=0.5, width=0.02)) == {"fast"}
 
 
 def test_ranked_by_verdict_and_then_by_speed():
@@ -49,7 +61,7 @@ def test_ranked_by_verdict_and_then_by_speed():
 def test_table_keeps_what_lost_and_what_broke():
     """Every row is in the table and in the notes; bold is the front, and an error stands where its figures would."""
     rows = [
-        row("beaten", lost=2, ratio=0.5),
+        row("beaten", lost=1, ratio=0.5),
         row("front", lost=1, ratio=0.4),
         Row(Made("broken", None, options="as made"), error="ModelError: no such operator"),
     ]

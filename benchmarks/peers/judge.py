@@ -16,6 +16,7 @@ from bundle.model import predict_logits
 from bundle.session import Session
 from export.gate import judge_tasks
 from export.graph import joined
+from export.proportions import drop_bounds
 from export.timing import Timing, interleaved
 from finetune import evaluate
 from finetune.target import Target
@@ -47,6 +48,7 @@ class Row:
     threads: int = 0
     mb: float = 0.0
     error: str | None = None
+    right: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # which examples it answers right, bool (N,)
 
     @property
     def point(self) -> tuple[float, float] | None:
@@ -83,7 +85,8 @@ class Judge:
         except (EdgewardError, KeyError) as error:  # KeyError: it lost the names of its outputs
             return Row(made, error=f"{type(error).__name__}: {error}")
         (record,) = judge_tasks(self._tasks, self._targets, self._reference, logits, budget=self.budget)
-        return Row(made, record, timing, session.threads, len(graph) / 1e6)
+        right = logits.argmax(axis=1) == self._targets[0].values
+        return Row(made, record, timing, session.threads, len(graph) / 1e6, right=right)
 
     def _fastest(self, graph: bytes) -> tuple[Timing, Session]:
         feeds = [preprocess.collate([row], self._spec) for row in self._rows[:TIMED]]
@@ -92,16 +95,19 @@ class Judge:
         return min(timed, key=lambda each: each[0].ratio)
 
 
-def front(points: Mapping[str, tuple[float, float]]) -> set[str]:
-    """Those on the Pareto front: no other is at least as good in both and better in one."""
+def beaten(own: Row, other: Row) -> bool:
+    """Whether the other is no worse in accuracy and latency, and surely better in one of them.
 
-    def beaten(point: tuple[float, float]) -> bool:
-        return any(
-            other != point and all(theirs <= own for theirs, own in zip(other, point, strict=True))
-            for other in points.values()
-        )
-
-    return {name for name, point in points.items() if not beaten(point)}
+    Surely: the intervals of the latency ratios do not meet, or the exact examples that only one of them answers right
+    show it by Tango's bound. What neither the clock nor the examples can tell is no loss.
+    """
+    if own.point is None or other.point is None or own.timing is None or other.timing is None:
+        return False
+    if any(theirs > mine for theirs, mine in zip(other.point, own.point, strict=True)):
+        return False
+    lost, won = int((other.right & ~own.right).sum()), int((own.right & ~other.right).sum())
+    more_accurate = drop_bounds(lost, won, len(own.right), 0.95)[0] > 0
+    return more_accurate or other.timing.ratio_upper < own.timing.ratio_lower
 
 
 def ranked(rows: Sequence[Row]) -> list[Row]:
@@ -116,8 +122,9 @@ def ranked(rows: Sequence[Row]) -> list[Row]:
 
 
 def best(rows: Sequence[Row]) -> set[str]:
-    """The names of the rows on the front."""
-    return front({row.made.name: row.point for row in rows if row.point is not None})
+    """The names of the rows on the Pareto front of those that passed: none of these surely beats them."""
+    passed = [row for row in rows if row.record and row.record.verdict == "PASS"]
+    return {row.made.name for row in passed if not any(beaten(row, other) for other in passed)}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -163,6 +170,7 @@ def plain(row: Row, on_front: bool) -> dict[str, Any]:
             "drop_upper": record.drop_upper,
             "disagreement": record.disagreement,
             "ratio": timing.ratio,
+            "ratio_lower": timing.ratio_lower,
             "ratio_upper": timing.ratio_upper,
             "p50_ms": timing.p50_ms,
             "fp32_p50_ms": timing.reference_p50_ms,
