@@ -1,0 +1,112 @@
+"""Several servers on one port. The kernel gives each connection to one of them, for as long as it lasts."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+
+import structlog
+
+from bundle.host import cpu_count
+from serve.config import ServeConfig
+from serve.errors import StartError
+
+log = structlog.get_logger()
+
+_CLOSING_S = 5.0  # after the drain
+
+
+def serve_many(config: ServeConfig, serve: Callable[[ServeConfig], None]) -> None:
+    """Start config.processes servers, and wait until they have ended. Call it in the main thread.
+
+    SIGTERM and SIGINT reach all of them, and each drains. When one ends by itself the others are stopped: whoever
+    supervises this process starts them anew.
+
+    Args:
+        config: of each; the cores are shared out, and the HTTP ports are numbered from http_port on.
+        serve: runs one server until its process is told to end; importable from a fresh process.
+
+    Raises:
+        StartError: the options cannot be shared by several processes, or one of them ended by itself.
+    """
+    _check(config)
+    with _reserved(config) as port:
+        context = multiprocessing.get_context("spawn")  # a runtime's threads do not survive a fork
+        servers = [
+            context.Process(target=_run, args=(serve, _share(config, port.getsockname()[1], i)), name=f"server {i}")
+            for i in range(config.processes)
+        ]
+        for server in servers:
+            server.start()
+        _supervise(servers, config.drain_s)
+
+
+def _check(config: ServeConfig) -> None:
+    if config.socket is not None:
+        raise StartError("a Unix-domain socket has one server: leave out --processes, or give a port.")
+    if not hasattr(socket, "SO_REUSEPORT"):
+        raise StartError("this system lets no two processes share a port: leave out --processes.")
+    if config.shared_memory or config.admin:
+        raise StartError(
+            "--admin and --shared-memory reach one of the processes only, whichever the connection belongs to: leave "
+            "out --processes, or them."
+        )
+
+
+def _reserved(config: ServeConfig) -> socket.socket:
+    """A socket that holds the port, and takes no connections."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    port = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        port.bind((config.host, config.port))
+    except OSError as error:
+        port.close()
+        raise StartError(f"{config.host}:{config.port} cannot be bound: {error.strerror}.") from error
+    return port
+
+
+def _share(config: ServeConfig, port: int, i: int) -> ServeConfig:
+    """What one of the processes is told."""
+    http = config.http_port + i if config.http_port else config.http_port
+    threads = config.threads or max(1, cpu_count() // config.processes)
+    return replace(config, port=port, http_port=http, threads=threads, instances=config.instances or 1)
+
+
+def _run(serve: Callable[[ServeConfig], None], config: ServeConfig) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all; the first process tells the others
+    serve(config)
+
+
+def _supervise(servers: Sequence[BaseProcess], drain_s: float) -> None:
+    stopping = threading.Event()
+    reader, writer = os.pipe()
+
+    def stop(number: int, frame: object) -> None:
+        stopping.set()
+        os.write(writer, b"x")  # wakes the wait below
+
+    previous = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        wait([server.sentinel for server in servers] + [reader])
+        for server in servers:
+            server.terminate()
+        for server in servers:
+            server.join(drain_s + _CLOSING_S)
+            if server.is_alive():
+                log.warning("process killed", name=server.name, drain_s=drain_s)
+                server.kill()
+                server.join()
+    finally:
+        for each, before in previous.items():
+            signal.signal(each, before)
+        os.close(reader)
+        os.close(writer)
+    ended = {server.name: server.exitcode for server in servers if server.exitcode}
+    if ended and not stopping.is_set():
+        raise StartError(f"a process ended by itself, and the others were stopped: exit codes {ended}.")
