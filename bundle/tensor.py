@@ -18,6 +18,7 @@ NUMPY_TYPES: dict[str, np.dtype] = {
     "UINT32": np.dtype("<u4"),
     "UINT64": np.dtype("<u8"),
     "FP16": np.dtype("<f2"),
+    "BF16": np.dtype("V2"),  # numpy has no such number: two bytes; .view(ml_dtypes.bfloat16) reads them
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
     "BYTES": np.dtype(object),  # elements are bytes

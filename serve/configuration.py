@@ -41,7 +41,8 @@ def model_config(model: ServedModel) -> pb.ModelConfig:
         gpus=[0] if gpu else [],
     )
     for spec in model.inputs:
-        config.input.add(name=spec.name, data_type=_data_type(spec), dims=_dims(spec, model))
+        may_miss = spec.name in model.optional
+        config.input.add(name=spec.name, data_type=_data_type(spec), dims=_dims(spec, model), optional=may_miss)
     for spec in model.outputs:
         config.output.add(name=spec.name, data_type=_data_type(spec), dims=_dims(spec, model))
     return config

@@ -188,7 +188,8 @@ def plain_graph(session: Session, name: str, version: int, source: Path, policy:
 
 def _graph(session: Session, source: Path, policy: Policy) -> dict[str, Any]:
     """What every ServedModel that takes tensors has in common."""
-    text = [spec.name for spec in session.inputs if spec.datatype == "BYTES"]
+    inputs = (*session.inputs, *session.optional)
+    text = [spec.name for spec in inputs if spec.datatype == "BYTES"]
 
     def decode(arrays: Arrays) -> Arrays:
         return {**arrays, **{key: _decoded(arrays[key], key) for key in text if key in arrays}}
@@ -212,7 +213,8 @@ def _graph(session: Session, source: Path, policy: Policy) -> dict[str, Any]:
         "device": session.device,
         "threads": session.threads,
         "source": source,
-        "inputs": session.inputs,
+        "inputs": inputs,
+        "optional": frozenset(spec.name for spec in session.optional),
         "outputs": session.outputs,
         "policy": policy,
         "decode": decode,

@@ -1,59 +1,167 @@
 """The `parameters` of requests and tensors: which mean something, which are ignored, which are refused."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from bundle.errors import BadInput
 from protos import inference_pb2 as pb
 from serve.errors import NotSupported
 
-_TYPES = {  # parameters whose type is fixed; any other key is the client's own
-    "priority": ("int64_param", "uint64_param"),
-    "timeout": ("int64_param", "uint64_param"),
-    "sequence_id": ("int64_param", "uint64_param", "string_param"),
+_INTEGER = ("int64_param", "uint64_param")
+_TYPES = {  # of parameters that mean something; any other key is the client's own
+    "priority": _INTEGER,
+    "timeout": _INTEGER,
+    "sequence_id": (*_INTEGER, "string_param"),
     "sequence_start": ("bool_param",),
     "sequence_end": ("bool_param",),
     "triton_enable_empty_final_response": ("bool_param",),
+    "classification": _INTEGER,
+    "shared_memory_region": ("string_param",),
+    "shared_memory_offset": _INTEGER,
+    "shared_memory_byte_size": _INTEGER,
 }
 
+Parameters = Mapping[str, pb.InferParameter]
+Value = bool | int | str | float
 
-def check_request(parameters: Mapping[str, pb.InferParameter]) -> None:
-    """Accept what a request may say beside its tensors; `priority` and `timeout` order nothing yet.
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """What a request says beside its tensors.
+
+    Attributes:
+        priority: 1 is the highest; 0: the model's default.
+        timeout_s: in the queue; None: the model's default.
+        empty_final_response: whether a stream ends its answers with an empty one.
+    """
+
+    priority: int = 0
+    timeout_s: float | None = None
+    empty_final_response: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a registered region of shared memory; bytes."""
+
+    region: str
+    offset: int
+    byte_size: int
+
+
+@dataclass(frozen=True)
+class TensorOptions:
+    """What a tensor says beside its name and shape.
+
+    Attributes:
+        place: where its bytes are, or go to, instead of the message.
+        classes: how many of the highest values are wanted, as text; 0: the tensor itself.
+    """
+
+    place: Place | None = None
+    classes: int = 0
+
+
+_PLAIN_REQUEST = RequestOptions()
+_PLAIN_TENSOR = TensorOptions()
+
+
+def read_request(parameters: Parameters) -> RequestOptions:
+    """What a request asks for.
 
     Raises:
         BadInput: a parameter has no value, one of another type, or a name that is reserved.
         NotSupported: it asks for a sequence.
     """
-    for key, parameter in parameters.items():
-        value = _value(key, parameter)
+    if not parameters:
+        return _PLAIN_REQUEST
+    values = _values(parameters)
+    for key, value in values.items():
         if key.startswith("triton_") and key not in _TYPES:
             raise BadInput(f"parameter {key!r} is reserved; expected no triton_ parameter that is not documented.")
-        if key in ("priority", "timeout") and int(value) < 0:
-            raise BadInput(f"parameter {key!r} is {value}; expected no negative number.")
-        if key.startswith("sequence_") and key in _TYPES and value:
+        if key in ("sequence_id", "sequence_start", "sequence_end") and value:
             raise NotSupported(f"parameter {key!r}: sequences are not supported.")
+    timeout = _natural(values, "timeout")
+    return RequestOptions(
+        priority=_natural(values, "priority"),
+        timeout_s=timeout / 1e6 if timeout else None,
+        empty_final_response=bool(values.get("triton_enable_empty_final_response", False)),
+    )
 
 
-def check_tensor(parameters: Mapping[str, pb.InferParameter], where: str) -> None:
-    """Accept what a tensor may say beside its name and shape.
+def read_input(parameters: Parameters, where: str) -> TensorOptions:
+    """What an input asks for: it may lie in shared memory.
+
+    Args:
+        parameters: of the tensor.
+        where: what the errors call it.
 
     Raises:
-        BadInput: a parameter has no value.
-        NotSupported: it asks for shared memory or a classification.
+        BadInput: a parameter has no value, another type than it should have, or does not belong here.
     """
-    for key, parameter in parameters.items():
-        _value(key, parameter)
-        if key.startswith("shared_memory_"):
-            raise NotSupported(f"{where} has parameter {key!r}: shared memory is not supported; send the bytes.")
-        if key == "classification":
-            raise NotSupported(f"{where} has parameter {key!r}: the classification extension is not supported.")
+    if not parameters:
+        return _PLAIN_TENSOR
+    values = _values(parameters, where)
+    if "classification" in values:
+        raise BadInput(f"{where} has parameter 'classification', which is expected of outputs only.")
+    return TensorOptions(place=_place(values, where))
 
 
-def _value(key: str, parameter: pb.InferParameter) -> bool | int | str | float:
+def read_output(parameters: Parameters, where: str) -> TensorOptions:
+    """What is asked of an output: to be written to shared memory, or its highest values.
+
+    Args:
+        parameters: of the requested output.
+        where: what the errors call it.
+
+    Raises:
+        BadInput: a parameter has no value or another type than it should have, or both are asked.
+    """
+    if not parameters:
+        return _PLAIN_TENSOR
+    values = _values(parameters, where)
+    place, classes = _place(values, where), _natural(values, "classification", where)
+    if "classification" in values and classes == 0:
+        raise BadInput(f"{where} has parameter 'classification' 0; expected a positive number.")
+    if place and classes:
+        raise BadInput(f"{where} has 'classification' and 'shared_memory_region'; expected one of them.")
+    return TensorOptions(place, classes)
+
+
+def _place(values: Mapping[str, Value], where: str) -> Place | None:
+    name = values.get("shared_memory_region")
+    others = [key for key in ("shared_memory_offset", "shared_memory_byte_size") if key in values]
+    if name is None:
+        if others:
+            raise BadInput(f"{where} has parameter {others[0]!r}; expected it beside 'shared_memory_region' only.")
+        return None
+    if "shared_memory_byte_size" not in values:
+        raise BadInput(f"{where} has parameter 'shared_memory_region'; expected 'shared_memory_byte_size' beside it.")
+    offset, size = (_natural(values, key, where) for key in ("shared_memory_offset", "shared_memory_byte_size"))
+    return Place(str(name), offset, size)
+
+
+def _natural(values: Mapping[str, Value], key: str, where: str = "") -> int:
+    value = int(values.get(key, 0))
+    if value < 0:
+        raise BadInput(f"{_named(key, where)} is {value}; expected no negative number.")
+    return value
+
+
+def _values(parameters: Parameters, where: str = "") -> dict[str, Value]:
+    return {key: _value(key, parameter, where) for key, parameter in parameters.items()}
+
+
+def _value(key: str, parameter: pb.InferParameter, where: str) -> Value:
     choice = parameter.WhichOneof("parameter_choice")
     if choice is None:
-        raise BadInput(f"parameter {key!r} has no value; expected one.")
+        raise BadInput(f"{_named(key, where)} has no value; expected one.")
     expected = _TYPES.get(key, (choice,))
     if choice not in expected:
-        raise BadInput(f"parameter {key!r} is a {choice}; expected {' or '.join(expected)}.")
-    value: bool | int | str | float = getattr(parameter, choice)
+        raise BadInput(f"{_named(key, where)} is a {choice}; expected {' or '.join(expected)}.")
+    value: Value = getattr(parameter, choice)
     return value
+
+
+def _named(key: str, where: str) -> str:
+    return f"{where}: parameter {key!r}" if where else f"parameter {key!r}"

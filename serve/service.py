@@ -2,7 +2,7 @@
 
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 
@@ -10,22 +10,24 @@ import grpc
 import structlog
 
 from bundle.errors import BadInput, EdgewardError
-from bundle.tensor import TensorSpec
 from protos import inference_pb2 as pb
 from serve.configuration import model_config, model_metadata
-from serve.errors import NotReady, NotSupported, UnknownModel
-from serve.parameters import check_request, check_tensor
+from serve.errors import NotFound, NotReady, NotSupported, UnknownModel
+from serve.inputs import read_inputs
+from serve.outputs import read_outputs, write_outputs
+from serve.parameters import read_request
 from serve.repository import Repository
-from serve.tensors import read_inputs, write_outputs
+from serve.shared_memory import Regions
 
 log = structlog.get_logger()
 
-EXTENSIONS = ("binary_tensor_data", "model_configuration", "parameters")
+EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "parameters")
 MAX_DETAILS = 500  # characters; the status travels in headers, which have a limit of their own
 
 _STATUS: dict[type[EdgewardError], grpc.StatusCode] = {
     BadInput: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownModel: grpc.StatusCode.NOT_FOUND,
+    NotFound: grpc.StatusCode.NOT_FOUND,
     NotSupported: grpc.StatusCode.UNIMPLEMENTED,
     NotReady: grpc.StatusCode.UNAVAILABLE,
 }
@@ -50,6 +52,7 @@ class Service:
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
+        self._regions = Regions(enabled=False)
         self._version = version("edgeward")
         self._draining = False
         self._running = 0
@@ -89,13 +92,11 @@ class Service:
         """Tensors in, tensors out."""
         with self._call():
             model = self._repository.find(request.model_name, request.model_version)
-            check_request(request.parameters)
-            for tensor in request.inputs:
-                check_tensor(tensor.parameters, f"input {tensor.name!r}")
-            wanted = _requested(request, model.outputs)
-            arrays = model.infer(read_inputs(request, model.inputs))
+            read_request(request.parameters)
+            wanted = read_outputs(request, model.outputs, self._regions)
+            arrays = model.infer(read_inputs(request, model.inputs, model.optional, self._regions))
             response = pb.ModelInferResponse(model_name=model.name, model_version=str(model.version), id=request.id)
-            write_outputs(response, wanted, arrays)
+            write_outputs(response, wanted, arrays, model.labels, batched=model.max_batch > 0)
             return response
 
     @contextmanager
@@ -116,16 +117,3 @@ class Service:
         with self._changed:
             self._draining = True
             return self._changed.wait_for(lambda: self._running == 0, timeout_s)
-
-
-def _requested(request: pb.ModelInferRequest, specs: Sequence[TensorSpec]) -> list[TensorSpec]:
-    known = {spec.name: spec for spec in specs}
-    wanted: dict[str, TensorSpec] = {}
-    for output in request.outputs:
-        check_tensor(output.parameters, f"output {output.name!r}")
-        if output.name not in known:
-            raise BadInput(f"unexpected output {output.name!r}; the model gives {', '.join(map(repr, known))}.")
-        if output.name in wanted:
-            raise BadInput(f"output {output.name!r} already exists in request; expected once.")
-        wanted[output.name] = known[output.name]
-    return list(wanted.values()) or list(specs)

@@ -115,10 +115,10 @@ def test_wrong_feeds_are_refused(session, feeds):
 
 def test_type_outside_the_protocol_is_refused():
     """A graph that gives what no protocol message can carry is not started."""
-    value = helper.make_tensor_value_info("y", TensorProto.BFLOAT16, ["N", 4])
-    data = graph([], [helper.make_node("Cast", ["x"], ["y"], to=TensorProto.BFLOAT16)], outputs=[value])
+    value = helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, ["N", 4])
+    data = graph([], [helper.make_node("SequenceConstruct", ["x"], ["y"])], outputs=[value])
 
-    with pytest.raises(ModelError, match="bfloat16"):
+    with pytest.raises(ModelError, match=r"output 'y' is of type seq\(tensor\(float\)\), which is not supported"):
         Session(data, device="cpu")
 
 

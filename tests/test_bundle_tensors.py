@@ -6,7 +6,7 @@ from bundle.errors import BadInput
 from bundle.manifest import MAX_TENSOR_BYTES, NamedTensor, TensorsInput
 from bundle.tensor import NUMPY_TYPES, TensorSpec
 
-DATATYPES = [datatype for datatype in NUMPY_TYPES if datatype != "BYTES"]
+DATATYPES = [datatype for datatype in NUMPY_TYPES if datatype not in ("BYTES", "BF16")]
 
 
 def spec(**named):
