@@ -1,0 +1,191 @@
+import os
+import queue
+import threading
+
+import pytest
+
+from serve.reload import Watcher
+
+PATIENCE_S = 20.0  # until a test gives up; what it waits for comes in a fraction of a second
+
+
+class Looks:
+    """Stands in for Repository.refresh: counts, and can be made to do something."""
+
+    def __init__(self):
+        self.made = queue.Queue()
+        self.then = lambda: None
+
+    def __call__(self):
+        self.made.put(threading.current_thread())
+        self.then()
+
+    def wait(self):
+        return self.made.get(timeout=PATIENCE_S)
+
+
+@pytest.fixture
+def looks():
+    return Looks()
+
+
+@pytest.fixture
+def watch(looks):
+    """Start to watch; the first look, which comes at once, has been seen."""
+    watchers = []
+
+    def start(*paths):
+        watchers.append(Watcher(paths, looks))
+        looks.wait()
+        return watchers[-1]
+
+    yield start
+    for watcher in watchers:
+        assert watcher.stop(PATIENCE_S)
+
+
+def add_version(repository, name="model", version=1):
+    """A whole version, renamed into place."""
+    beside = repository / ".beside"
+    beside.mkdir(parents=True)
+    (beside / "model.onnx").write_bytes(b"graph")
+    (repository / name).mkdir(exist_ok=True)
+    return beside.rename(repository / name / str(version))
+
+
+def test_version_renamed_into_place_is_seen(tmp_path, watch, looks):
+    """A new version of a model that is there, and a new model, each lead to a look."""
+    add_version(tmp_path)
+    watch(tmp_path)
+
+    add_version(tmp_path, version=2)
+    looks.wait()
+    add_version(tmp_path, "other")
+    looks.wait()
+
+
+def test_what_grows_in_a_new_folder_is_seen(tmp_path, watch, looks):
+    """A version that is written file by file is looked at again when a file is added to it."""
+    watch(tmp_path)
+    (tmp_path / "model" / "1").mkdir(parents=True)
+    looks.wait()
+
+    (tmp_path / "model" / "1" / "model.onnx").write_bytes(b"graph")
+    looks.wait()
+
+
+def test_removed_version_is_seen(tmp_path, watch, looks):
+    """A version that goes leads to a look."""
+    version = add_version(tmp_path)
+    watch(tmp_path)
+
+    (version / "model.onnx").unlink()
+    looks.wait()
+
+
+def test_file_renamed_into_place_is_seen(tmp_path, watch, looks):
+    """A watched file may be replaced by another of its name, again and again."""
+    graph = tmp_path / "model.onnx"
+    graph.write_bytes(b"one")
+    watch(graph)
+
+    for content in (b"two", b"three"):
+        (tmp_path / "beside").write_bytes(content)
+        (tmp_path / "beside").rename(graph)
+        looks.wait()
+
+
+def test_path_that_vanished_and_came_back_is_seen(tmp_path, watch, looks):
+    """A path, and the folder that it lies in, may go and come back; then it is watched as before."""
+    root = tmp_path / "volume" / "models"
+    add_version(root)
+    watch(root)
+
+    (tmp_path / "volume").rename(tmp_path / "gone")
+    looks.wait()
+    add_version(root)
+    looks.wait()
+    add_version(root, version=2)
+    looks.wait()
+
+
+def test_link_to_another_folder_is_seen(tmp_path, watch, looks):
+    """A path may be a link that is pointed elsewhere, and then what is there is watched."""
+    for release in ("a", "b"):
+        add_version(tmp_path / release)
+    current = tmp_path / "current"
+    current.symlink_to("a")
+    watch(current)
+
+    (tmp_path / "beside").symlink_to("b")
+    (tmp_path / "beside").rename(current)
+    looks.wait()
+    add_version(tmp_path / "b", version=2)
+    looks.wait()
+
+
+def test_link_on_the_way_to_a_file_is_seen(tmp_path, watch, looks):
+    """A file that is a link through an exchanged folder, as in a mounted Kubernetes volume, is seen to change."""
+    for release in ("..1", "..2"):
+        (tmp_path / release).mkdir()
+        (tmp_path / release / "model.onnx").write_bytes(release.encode())
+    (tmp_path / "..data").symlink_to("..1")
+    (tmp_path / "model.onnx").symlink_to("..data/model.onnx")
+    watch(tmp_path / "model.onnx")
+
+    (tmp_path / "..beside").symlink_to("..2")
+    (tmp_path / "..beside").rename(tmp_path / "..data")
+    looks.wait()
+
+
+def test_change_during_a_look_is_not_missed(tmp_path, watch, looks):
+    """What changes while the repository is being looked at is looked at afterwards."""
+    watch(tmp_path)
+    changed = []
+
+    def change_once():
+        if not changed:
+            changed.append(add_version(tmp_path, "late"))
+
+    looks.then = change_once
+    add_version(tmp_path)
+    looks.wait()
+    looks.wait()
+
+    assert changed
+
+
+def test_error_does_not_end_the_watch(tmp_path, watch, looks):
+    """A look that fails is logged, and the next change leads to the next look."""
+    watch(tmp_path)
+
+    def fail():
+        raise OSError("no")
+
+    looks.then = fail
+    add_version(tmp_path)
+    looks.wait()
+    add_version(tmp_path, "other")
+    looks.wait()
+
+
+def test_unreadable_folder_does_not_end_the_watch(tmp_path, watch, looks, monkeypatch):
+    """A folder that may not be listed is left out, and the others are watched."""
+    (tmp_path / "locked").mkdir()
+    listing = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: listing(folder if "locked" not in str(folder) else "/nowhere"))
+    watch(tmp_path)
+
+    add_version(tmp_path)
+    looks.wait()
+
+
+def test_looks_come_one_after_another(tmp_path, watch, looks):
+    """All looks come from one thread, which ends when it is told to."""
+    watcher = watch(tmp_path)
+    add_version(tmp_path)
+    thread = looks.wait()
+
+    assert thread is not threading.current_thread()
+    assert watcher.stop(PATIENCE_S)
+    assert not thread.is_alive()
