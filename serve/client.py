@@ -1,64 +1,68 @@
-"""A small client: raw examples or tensors to a server, answers back. Needs grpcio, protobuf and numpy only."""
+"""The client: raw examples or tensors to a server, answers back. Needs grpcio, protobuf and numpy only.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+serve/aio_client.py is the same for asyncio.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import grpc
 import numpy as np
 
-from bundle.errors import BadInput
-from bundle.tensor import NUMPY_TYPES, TensorSpec, conform
 from protos import inference_pb2 as pb
-from protos import inference_pb2_grpc as rpc
+from serve import calls
+from serve.calls import Answer, Call, Class, Health, Parameters, Tensors
+from serve.channel import ATTEMPTS, Tls, resolve
+from serve.columns import ModelMetadata, Raws, cut, join, to_columns
 from serve.errors import ServerError
-from serve.tensors import from_raw, to_raw
-
-_DATATYPES = {dtype: name for name, dtype in NUMPY_TYPES.items()}
-
-
-@dataclass(frozen=True)
-class ModelMetadata:
-    """What a served model is called, takes and gives."""
-
-    name: str
-    versions: tuple[int, ...]
-    platform: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-    @property
-    def examples(self) -> Literal["raw", "pair", "vector", "tensors"] | None:
-        """What Client.predict takes: texts or images, pairs of texts, vectors, or named arrays; None: it refuses."""
-        if self.platform != "edgeward_bundle":
-            return None
-        match self.inputs:
-            case [TensorSpec(datatype="BYTES")]:
-                return "raw"
-            case [TensorSpec(datatype="BYTES"), TensorSpec(datatype="BYTES")]:
-                return "pair"
-            case [TensorSpec(datatype="FP32", shape=(_, _))]:
-                return "vector"
-        return "tensors"
+from serve.region import Region, SharedTensor
 
 
 class Client:
-    """A connection to one server; calls may be made from several threads at once."""
+    """A connection to one server; calls may be made from several threads at once.
 
-    def __init__(self, address: str, *, timeout_s: float = 30.0) -> None:
+    What the server refuses, fails at or does not answer is a ServerError with the gRPC status. While it is
+    UNAVAILABLE, calls that may be made twice are made again, within the call's deadline, with pauses that grow at
+    random, and for at most a tenth of the calls (serve/channel.py).
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = 30.0,
+        tls: Tls | None = None,
+        token: str | None = None,
+        attempts: int = ATTEMPTS,
+        max_rows: int = 64,
+        parallel: int = 4,
+    ) -> None:
         """Connect at the first call.
 
         Args:
-            address: HOST:PORT.
-            timeout_s: of every call.
+            address: HOST:PORT, or unix:PATH of a socket.
+            timeout_s: of every call with all its attempts, unless the call says otherwise.
+            tls: by default plain text.
+            token: bearer token, over TLS or to this machine.
+            attempts: of one call, 1 to 5.
+            max_rows: of one request of `predict`, which sends as many requests as it takes.
+            parallel: requests that one `predict` has under way at the same time.
+
+        Raises:
+            BadInput: one of these cannot be, or the token would cross a network in plain text.
         """
+        target = resolve(address, tls=tls, token=token, attempts=attempts)
         self.address = address
         self.timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(
-            address, options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-        )
-        self._stub = rpc.GRPCInferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self.max_rows = max_rows
+        self.parallel = parallel
+        self._headers = target.metadata
+        self._channel = target.open(grpc)
+        self._stub = calls.stub(self._channel)
         self._metadata: dict[tuple[str, str], ModelMetadata] = {}
 
     def __enter__(self) -> Self:
@@ -70,43 +74,64 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; calls that are under way fail."""
         self._channel.close()
 
-    def ready(self) -> bool:
-        """Whether the server takes calls; False where none is reached.
-
-        Raises:
-            ServerError: what answers is no server of this protocol.
-        """
+    def ready(self, model: str = "", version: str = "") -> bool:
+        """Whether the server, or one of its models, takes calls; False where no server is reached."""
         try:
-            return bool(self._call(self._stub.ServerReady, pb.ServerReadyRequest()).ready)
+            return self._run(calls.model_ready(model, version) if model else calls.server_ready())
         except ServerError as error:
             if error.code is grpc.StatusCode.UNAVAILABLE:
                 return False
             raise
 
-    def metadata(self, model: str, version: str = "") -> ModelMetadata:
-        """What a model takes and gives.
+    def health(self, model: str = "") -> Health:
+        """What grpc.health.v1 says of the server, or of one of its models. An unknown one is a ServerError."""
+        return self._run(calls.health(model))
 
-        Raises:
-            ServerError: there is no such model, or no answer.
-        """
-        answer = self._call(self._stub.ModelMetadata, pb.ModelMetadataRequest(name=model, version=version))
-        return ModelMetadata(
-            name=answer.name,
-            versions=tuple(int(number) for number in answer.versions),
-            platform=answer.platform,
-            inputs=tuple(TensorSpec(spec.name, spec.datatype, tuple(spec.shape)) for spec in answer.inputs),
-            outputs=tuple(TensorSpec(spec.name, spec.datatype, tuple(spec.shape)) for spec in answer.outputs),
-        )
+    def watch(self, model: str = "") -> Iterator[Health]:
+        """The health now, and whenever it changes, until the connection is lost, which is a ServerError."""
+        answers = self._stub.Watch(calls.health(model).request, metadata=self._headers)
+        with calls.following(answers, self.address):
+            for answer in answers:
+                yield Health(answer.count)
+
+    def server_metadata(self) -> pb.ServerMetadataResponse:
+        """Name, version and extensions of the server."""
+        return self._run(calls.server_metadata())
+
+    def metadata(self, model: str, version: str = "") -> ModelMetadata:
+        """What a model takes and gives; its highest version where none is named, as in every call."""
+        return self._run(calls.metadata(model, version))
+
+    def config(self, model: str, version: str = "") -> pb.ModelConfig:
+        """How a model is run. docs/protocol.md tells the fields."""
+        return self._run(calls.config(model, version))
+
+    def statistics(self, model: str = "", version: str = "") -> tuple[pb.ModelStatistics, ...]:
+        """What each version of a model, or of all models, has answered, and how long each stage took."""
+        return self._run(calls.statistics(model, version))
+
+    def index(self, *, ready: bool = False) -> tuple[pb.RepositoryIndexResponse.ModelIndex, ...]:
+        """Every version of every model and its state, or those that can be called."""
+        return self._run(calls.index(ready))
+
+    def load(self, model: str, *, timeout_s: float | None = None) -> None:
+        """Load a model of the server's repository, or its new versions; returns when it can be called."""
+        self._run(calls.load(model), timeout_s)
+
+    def unload(self, model: str, *, timeout_s: float | None = None) -> None:
+        """Unload a model after the calls that it is answering."""
+        self._run(calls.unload(model), timeout_s)
 
     def predict(
-        self, model: str, raws: Sequence[Any] | np.ndarray | Mapping[str, Any], version: str = ""
+        self, model: str, raws: Raws, version: str = "", *, timeout_s: float | None = None
     ) -> dict[str, np.ndarray]:
         """The answers of a bundle for raw examples. docs/protocol.md names them.
 
-        The bundle's input is looked up once per model and version.
+        Many examples are sent in requests of `max_rows`, several at the same time; the answers keep their order. The
+        bundle's input is looked up once per model and version.
 
         Args:
             model: its name.
@@ -114,39 +139,41 @@ class Client:
                 all of them an array (N, numbers). Of tensors, and of vectors too, arrays by input name, each with
                 one row for each example.
             version: "" for the highest.
+            timeout_s: of all the requests together.
 
         Raises:
             BadInput: the model is no bundle, or takes other examples.
             ServerError: an example cannot be used, there is no such model, or no answer.
         """
-        if (model, version) not in self._metadata:
-            self._metadata[model, version] = self.metadata(model, version)
-        metadata = self._metadata[model, version]
-        match metadata.examples:
-            case "raw":
-                columns = [_bytes_column(raws, "a text or the bytes of an image")]
-            case "pair":
-                columns = _pair_columns(raws)
-            case "vector" if not isinstance(raws, Mapping):
-                columns = [_vectors(raws, metadata.inputs[0].shape[1])]
-            case "vector" | "tensors":
-                columns = _tensors(raws, metadata.inputs)
-            case None:
-                takes = ", ".join(f"{spec.name!r} {spec}" for spec in metadata.inputs)
-                raise BadInput(f"model {model!r} takes no raw examples but {takes}. Send tensors with infer.")
-        names = [spec.name for spec in metadata.inputs]
-        return self.infer(model, dict(zip(names, columns, strict=True)), version)
+        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        try:
+            return self._predict(model, self._columns(model, raws, version, deadline), version, deadline)
+        except ServerError:
+            self._metadata.pop((model, version), None)  # a new version may take other inputs
+            raise
 
     def infer(
-        self, model: str, tensors: Mapping[str, np.ndarray], version: str = "", outputs: Sequence[str] = ()
+        self,
+        model: str,
+        tensors: Tensors,
+        version: str = "",
+        outputs: Sequence[str] = (),
+        *,
+        into: Mapping[str, SharedTensor] | None = None,
+        parameters: Parameters | None = None,
+        timeout_s: float | None = None,
     ) -> dict[str, np.ndarray]:
         """Tensors in, tensors out.
 
         Args:
             model: its name.
-            tensors: by input name; the dtype decides the datatype, and str and bytes are BYTES.
+            tensors: by input name; the dtype decides the datatype, and str and bytes are BYTES. A tensor in shared
+                memory is sent without its bytes.
             version: "" for the highest.
             outputs: names of those wanted, none for all.
+            into: outputs, wanted too, that the server writes to shared memory; their arrays are that memory.
+            parameters: of the request, such as priority, and timeout in the queue in µs.
+            timeout_s: of the call.
 
         Returns:
             Arrays by output name, read-only; BYTES as objects that are bytes.
@@ -155,76 +182,125 @@ class Client:
             BadInput: a tensor has a dtype that the protocol does not know.
             ServerError: the server refused, failed or was not reached.
         """
-        request = pb.ModelInferRequest(model_name=model, model_version=version)
-        for name, array in tensors.items():
-            datatype = _datatype(name, array)
-            request.inputs.add(name=name, datatype=datatype, shape=array.shape)
-            request.raw_input_contents.append(to_raw(array, datatype))
-        for name in outputs:
-            request.outputs.add(name=name)
-        return self._read(self._call(self._stub.ModelInfer, request))
+        return self._run(calls.infer(model, tensors, version, outputs, into, parameters), timeout_s)
 
-    def _read(self, answer: pb.ModelInferResponse) -> dict[str, np.ndarray]:
+    def classify(
+        self,
+        model: str,
+        tensors: Tensors,
+        output: str,
+        count: int,
+        version: str = "",
+        *,
+        timeout_s: float | None = None,
+    ) -> list[list[Class]]:
+        """The `count` highest elements of each row of an output, the highest first, with their labels if it has some.
+
+        The other arguments and errors are those of `infer`.
+        """
+        return self._run(calls.classify(model, tensors, output, count, version), timeout_s)
+
+    def stream(
+        self,
+        model: str,
+        batches: Iterable[Raws],
+        version: str = "",
+        outputs: Sequence[str] = (),
+        *,
+        timeout_s: float | None = None,
+    ) -> Iterator[dict[str, np.ndarray] | ServerError]:
+        """Answers to many requests over one stream, in their order, while they are still being sent.
+
+        A request that the server refuses or fails at is answered by its ServerError, and the stream goes on.
+
+        Args:
+            model: its name.
+            batches: each what `infer` takes (arrays by name), or what `predict` takes. Taken in another thread, as
+                fast as the server reads.
+            version: "" for the highest.
+            outputs: names of those wanted, none for all.
+            timeout_s: of the whole stream; by default it may last.
+
+        Raises:
+            BadInput: what `batches` raises and a batch that cannot be sent are raised after the answers before it.
+            ServerError: the stream is broken.
+        """
+        failed: list[Exception] = []
+
+        def requests() -> Iterator[pb.ModelInferRequest]:
+            try:
+                for batch in batches:
+                    yield calls.infer_request(model, self._tensors(model, batch, version), version, outputs)
+            except Exception as error:
+                failed.append(error)
+
+        answers = self._stub.ModelStreamInfer(requests(), timeout=timeout_s, metadata=self._headers)
+        with calls.following(answers, self.address):
+            for answer in answers:
+                yield calls.streamed(answer, self.address)
+        if failed:
+            raise failed[0]
+
+    @contextmanager
+    def shared_memory(self, byte_size: int) -> Iterator[Region]:
+        """A region of shared memory that the server knows until the block ends.
+
+        Raises:
+            EdgewardError: there is none on this system, or not so much.
+            ServerError: the server does not allow it, or is on another machine.
+        """
+        region = Region(byte_size)
         try:
-            return {
-                tensor.name: from_raw(raw, tensor.datatype, tuple(tensor.shape), f"output {tensor.name!r}")
-                for tensor, raw in zip(answer.outputs, answer.raw_output_contents, strict=True)
-            }
-        except (BadInput, KeyError, ValueError) as error:
-            raise ServerError(
-                self.address, grpc.StatusCode.UNKNOWN, f"an answer that cannot be read: {error}"
-            ) from error
-
-    def _call(self, call: Any, request: Any) -> Any:
+            self._run(calls.register(region))
+        finally:
+            region.remove_name()
         try:
-            return call(request, timeout=self.timeout_s)
-        except grpc.RpcError as error:
-            raise ServerError(self.address, error.code(), error.details() or "") from error
+            yield region
+        finally:
+            with calls.forgiving_absence():
+                self._run(calls.unregister(region))
 
+    def _tensors(self, model: str, batch: Raws, version: str) -> Tensors:
+        if isinstance(batch, Mapping):
+            return batch
+        return self._columns(model, batch, version, time.monotonic() + self.timeout_s)
 
-def _bytes_column(raws: Sequence[Any] | np.ndarray | Mapping[str, Any], expected: str) -> np.ndarray:
-    if isinstance(raws, str | bytes | Mapping):
-        raise BadInput(f"the examples are one {type(raws).__name__}; expected a list, each of it {expected}.")
-    column = np.empty((len(raws), 1), object)
-    for i, raw in enumerate(raws):
-        if not isinstance(raw, str | bytes):
-            raise BadInput(f"example {i} is of type {type(raw).__name__}; expected {expected}.")
-        column[i, 0] = raw
-    return column
+    def _columns(self, model: str, raws: Raws, version: str, deadline: float) -> dict[str, np.ndarray]:
+        known = self._metadata.get((model, version))
+        if known is None:
+            known = self._run(calls.metadata(model, version), deadline - time.monotonic())
+            self._metadata[model, version] = known
+        return to_columns(raws, known)
 
+    def _predict(
+        self, model: str, columns: Mapping[str, np.ndarray], version: str, deadline: float
+    ) -> dict[str, np.ndarray]:
+        parts = cut(columns, self.max_rows)
+        if len(parts) == 1:
+            return self._run(calls.infer(model, columns, version), deadline - time.monotonic())
+        answers, running = [], deque[tuple[slice, Call[dict[str, np.ndarray]], Any]]()
+        try:
+            for rows in parts:
+                if len(running) == self.parallel:
+                    answers.append(self._result(*running.popleft()))
+                call = calls.infer(model, {name: column[rows] for name, column in columns.items()}, version)
+                left_s = deadline - time.monotonic()
+                future = self._stub.ModelInfer.future(call.request, timeout=left_s, metadata=self._headers)
+                running.append((rows, call, future))
+            while running:
+                answers.append(self._result(*running.popleft()))
+        finally:
+            for _, _, future in running:
+                future.cancel()
+        return join(answers)
 
-def _pair_columns(raws: Sequence[Any] | np.ndarray | Mapping[str, Any]) -> list[np.ndarray]:
-    for i, raw in enumerate(raws):
-        if isinstance(raw, str | bytes) or not hasattr(raw, "__len__") or len(raw) != 2:
-            raise BadInput(f"example {i} is no pair of texts; expected (first, second).")
-    return [_bytes_column([raw[side] for raw in raws], "a pair of texts") for side in (0, 1)]
+    def _result(self, rows: slice, call: Call[Answer], future: Any) -> Answer:
+        with calls.failures_of(self.address, rows):
+            message = future.result()
+        return calls.read(call, message, self.address)
 
-
-def _vectors(raws: Sequence[Any] | np.ndarray, size: int) -> np.ndarray:
-    try:
-        array = np.asarray(raws)
-    except ValueError as error:  # the vectors differ in length
-        raise BadInput(f"the vectors are no array: {error}.") from error
-    if array.shape == (0,):
-        array = np.zeros((0, size), np.float32)
-    if array.dtype.kind not in "biuf" or array.ndim != 2 or array.shape[1] != size:
-        raise BadInput(f"the vectors are {array.dtype} {list(array.shape)}; expected numbers of shape [-1, {size}].")
-    with np.errstate(over="ignore"):  # the server says which number is not finite
-        return array.astype(np.float32)
-
-
-def _tensors(arrays: Any, specs: Sequence[TensorSpec]) -> list[np.ndarray]:
-    names = [spec.name for spec in specs]
-    if not isinstance(arrays, Mapping) or set(arrays) != set(names):
-        got = ", ".join(map(repr, arrays)) if isinstance(arrays, Mapping) else f"one {type(arrays).__name__}"
-        raise BadInput(f"the examples are {got or 'nothing'}; expected arrays by name: {', '.join(map(repr, names))}.")
-    return [conform(arrays[spec.name], spec, f"input {spec.name!r}") for spec in specs]
-
-
-def _datatype(name: str, array: np.ndarray) -> str:
-    if array.dtype.kind in "OSU":
-        return "BYTES"
-    datatype = _DATATYPES.get(array.dtype.newbyteorder("<"))
-    if datatype is None:
-        raise BadInput(f"input {name!r} has dtype {array.dtype}, which the protocol does not have.")
-    return datatype
+    def _run(self, call: Call[Answer], timeout_s: float | None = None) -> Answer:
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        with calls.failures_of(self.address):
+            message = getattr(self._stub, call.method)(call.request, timeout=timeout_s, metadata=self._headers)
+        return calls.read(call, message, self.address)
