@@ -11,6 +11,9 @@ EdgewardError
 ├── NotFound             nothing of that name is registered
 ├── AlreadyExists        the name is taken
 ├── LimitReached         there are as many of them as may be
+├── Unauthenticated      the call brings no valid token
+├── PermissionDenied     its token may not make this call
+├── Exhausted            more bytes or streams are in work than may be
 ├── NotSupported        a part of the protocol that this server does not have
 ├── StartError          the server cannot start as it was asked to
 │   ├── ConfigRefused    a config.pbtxt contradicts its graph, or asks for what is not done here
@@ -62,6 +65,18 @@ class AlreadyExists(EdgewardError):
 
 class LimitReached(EdgewardError):
     """There are as many of them as the server allows; nothing was added."""
+
+
+class Unauthenticated(EdgewardError):
+    """The call brings no token, or none that is valid."""
+
+
+class PermissionDenied(EdgewardError):
+    """The call's token is valid, but not for this call."""
+
+
+class Exhausted(EdgewardError):
+    """More bytes or streams would be in work than may be; nothing was begun."""
 
 
 class NotSupported(EdgewardError):
