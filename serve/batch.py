@@ -86,7 +86,7 @@ def _run(
         if len(in_time) == 1:
             yield in_time[0].job, error
             return
-        log.warning("batch failed, each request is run alone", model=model.name, requests=len(in_time), exc_info=error)
+        log.warning("batch failed, run one by one", model=model.name, requests=len(in_time), error=repr(error))
     else:
         yield from _encode(model, in_time, results, start, statistics)
         return
