@@ -6,7 +6,7 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import count, islice, pairwise
 from operator import attrgetter
 from typing import Any
 
@@ -64,6 +64,13 @@ class Times:
     decoded: int = 0
     ran: int = 0
     ended: int = 0
+
+    def stages(self) -> dict[str, tuple[int, int]]:
+        """When each stage that the request went through began and ended."""
+        stamps = (self.queued, self.started, self.decoded, self.ran, self.ended)
+        names = ("queue", "decode", "run", "encode")
+        spans = zip(names, pairwise(stamps), strict=True)
+        return {name: (start, end) for name, (start, end) in spans if start and end}
 
 
 @dataclass(eq=False, slots=True)

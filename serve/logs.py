@@ -1,0 +1,139 @@
+"""What the server logs, and how: to stderr, as lines for people on a terminal, else as one JSON object each.
+
+What a client can change of it while the server runs is process-wide, as the log is.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping
+
+import grpc
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from bundle.errors import BadInput
+from protos import inference_pb2 as pb
+from serve.errors import NotSupported
+from serve.queue import Times
+
+log = structlog.get_logger()
+
+MAX_TEXT = 200  # characters of a name or an id that a client chose
+
+_Value = bool | int | str
+
+_DEFAULTS: Mapping[str, _Value] = {  # Triton's names
+    "log_info": True,
+    "log_warning": True,
+    "log_error": True,
+    "log_verbose_level": 0,  # from 1 on, a line for every request
+    "log_format": "default",
+}
+_FORMATS = ("default", "ISO8601")  # every line's time is ISO 8601 in both
+_KINDS: Mapping[type[_Value], str] = {bool: "bool_param", int: "uint32_param", str: "string_param"}
+
+_settings = _DEFAULTS
+
+
+def configure(*, json: bool | None = None, requests: bool = False) -> None:
+    """Log to stderr from now on, also what libraries say through Python's own logging.
+
+    Args:
+        json: one JSON object a line; by default where stderr is no terminal.
+        requests: a line for every request.
+    """
+    global _settings
+    _settings = {**_DEFAULTS, "log_verbose_level": int(requests)}
+    terminal = sys.stderr.isatty()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            _wanted,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *(_for_machines() if json or (json is None and not terminal) else _for_people(terminal)),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    logging.basicConfig(handlers=[_Library()], level=logging.WARNING)
+
+
+def _for_machines() -> list[Processor]:
+    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+
+
+def _for_people(colors: bool) -> list[Processor]:
+    # repr, because a client chooses its request's id: a newline in it would begin a line that nobody wrote
+    return [structlog.dev.ConsoleRenderer(colors=colors, repr_native_str=True)]
+
+
+def _wanted(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    level = "error" if method in ("exception", "critical") else method
+    if not _settings.get(f"log_{level}", True):
+        raise structlog.DropEvent
+    return event
+
+
+class _Library(logging.Handler):
+    """Hands the records of Python's logging on."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        write = log.error if record.levelno >= logging.ERROR else log.warning
+        cause = {"exc_info": record.exc_info} if record.exc_info else {}
+        write("library", name=record.name, message=record.getMessage(), **cause)
+
+
+def logs_requests() -> bool:
+    """Whether `log_request` writes anything; ask it before making its arguments."""
+    return _settings["log_verbose_level"] != 0
+
+
+def log_request(
+    *, model: str, version: int | str, id: str, rows: int, code: grpc.StatusCode, times: Times | None = None
+) -> None:
+    """One line for one request.
+
+    Args:
+        model: the name that it asked for.
+        version: that answered; what was asked for where none did.
+        id: that the client gave it.
+        rows: 0 where they are not known.
+        code: what the client was told.
+        times: of its job, when it had one; the durations of the stages are logged in milliseconds.
+    """
+    stages = times.stages() if times else {}
+    durations = {f"{stage}_ms": round((end - start) / 1e6, 3) for stage, (start, end) in stages.items()}
+    log.info("request", model=_cut(model), version=str(version), id=_cut(id), rows=rows, code=code.name, **durations)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"
+
+
+def log_settings(request: pb.LogSettingsRequest) -> pb.LogSettingsResponse:
+    """Change what is logged, all that is asked for or, when a part of it is refused, nothing; tell what holds then.
+
+    Raises:
+        BadInput: there is no such setting, or its value has another type.
+        NotSupported: the log is to go into a file: the server opens no path that a client chose.
+    """
+    global _settings
+    _settings = {**_settings, **{name: _read(name, value) for name, value in request.settings.items()}}
+    answer = pb.LogSettingsResponse()
+    answer.settings["log_file"].string_param = ""
+    for name, value in _settings.items():
+        setattr(answer.settings[name], _KINDS[type(value)], value)
+    return answer
+
+
+def _read(name: str, value: pb.LogSettingsRequest.SettingValue) -> _Value:
+    if name == "log_file":
+        raise NotSupported("log file location can not be updated through network protocol")
+    if name not in _DEFAULTS:
+        raise BadInput(f"unknown log setting {name!r}; there are {', '.join(_DEFAULTS)}.")
+    kind, expected = value.WhichOneof("parameter_choice"), _KINDS[type(_DEFAULTS[name])]
+    if kind != expected:
+        raise BadInput(f"log setting {name!r} has {kind or 'no value'}; expected {expected}.")
+    given: _Value = getattr(value, kind)
+    if name == "log_format" and given not in _FORMATS:
+        raise BadInput(f"log setting 'log_format' is {given!r}; expected {' or '.join(_FORMATS)}.")
+    return given
