@@ -69,7 +69,9 @@ def write_outputs(
     *,
     batched: bool,
 ) -> None:
-    """Add what is wanted to a response, in that order, raw; an entry whose bytes are in shared memory is empty.
+    """Add what is wanted to a response, in that order, raw.
+
+    An entry whose bytes went to shared memory is empty; the parameters of its output say where they are, and how many.
 
     Args:
         response: gains outputs and raw_output_contents.
@@ -86,9 +88,11 @@ def write_outputs(
         if each.classes:
             array = classification.top_classes(array, each.classes, labels.get(name, ()), batched=batched)
             datatype = "BYTES"
-        raw = to_raw(array, datatype)
-        if each.part is not None:
-            each.part.write(raw)
-            raw = b""
-        response.outputs.add(name=name, datatype=datatype, shape=array.shape)
-        response.raw_output_contents.append(raw)
+        output = response.outputs.add(name=name, datatype=datatype, shape=array.shape)
+        if each.part is None:
+            response.raw_output_contents.append(to_raw(array, datatype))
+        else:
+            response.raw_output_contents.append(b"")
+            size = each.part.write(to_raw(array, datatype) if datatype == "BYTES" else np.ascontiguousarray(array))
+            output.parameters["shared_memory_region"].string_param = each.part.region.name
+            output.parameters["shared_memory_byte_size"].int64_param = size
