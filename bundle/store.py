@@ -131,12 +131,17 @@ def open_bundle(path: Path) -> Bundle:
         BundleDamaged: a file is missing, unlisted or changed, the manifest included.
         BundleUnsupported: the format version is unknown, or a limit is exceeded.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     _verify_files(path, manifest)
     return Bundle(path, manifest)
 
 
-def _read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a bundle, found to be as it was sealed; no other file is looked at.
+
+    Raises:
+        BundleError: as `open_bundle`.
+    """
     if not os.path.lexists(path / MANIFEST):
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}.")
     if (path / MANIFEST).is_file() and (path / MANIFEST).stat().st_size > MAX_MANIFEST_BYTES:
