@@ -8,7 +8,8 @@ from structlog.testing import capture_logs
 
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
-from serve.server import ServeConfig, start
+from serve.config import ServeConfig
+from serve.server import start
 from tests.serve_bundles import identity, model_bytes, png, write_image_bundle, write_text_bundle
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -48,7 +49,9 @@ def server(tmp_path_factory):
     for name, (dtype, shape) in graphs.items():
         files.append(root / f"{name}.onnx")
         files[-1].write_bytes(identity(dtype, shape))
-    for name, data in {"picker": picker(), "zeros": zeros()}.items():
+    brain = [("x", TensorProto.BFLOAT16, [2])], [("y", TensorProto.BFLOAT16, [2])]
+    graphs = {"brain": model_bytes([helper.make_node("Identity", ["x"], ["y"])], *brain)}
+    for name, data in {**graphs, "picker": picker(), "zeros": zeros()}.items():
         files.append(root / f"{name}.onnx")
         files[-1].write_bytes(data)
     config = ServeConfig(paths=(root / "b", *files), port=0, device="cpu", threads=1, max_message_bytes=LIMIT)
@@ -99,11 +102,21 @@ def graph(ids, mask):
     return message
 
 
-def with_parameter(key, place="request", **choice):
-    message = request(outputs=["y"])
-    target = {"request": message, "input": message.inputs[0], "output": message.outputs[0]}[place]
+def with_parameter(key, place="request", message=None, **choice):
+    message = request(outputs=["y"]) if message is None else message
+    target = message if place == "request" else getattr(message, f"{place}s")[0]
     target.parameters[key].CopyFrom(pb.InferParameter(**choice))
     return message
+
+
+def in_shared_memory(place="input", message=None, name="r", size=8):
+    message = with_parameter("shared_memory_region", place, message, string_param=name)
+    return with_parameter("shared_memory_byte_size", place, message, int64_param=size)
+
+
+def classes_of(model, datatype, raw):
+    message = request(model, datatype=datatype, shape=[2], raw=[raw], outputs=["y"])
+    return with_parameter("classification", "output", message, int64_param=1)
 
 
 ELEMENT = b"\x01\0\0\0a"
@@ -121,14 +134,21 @@ MALFORMED = {
     # datatype and shape
     "other datatype": (request(datatype="INT32"), INVALID, "input 'x' has datatype 'INT32'; expected FP32"),
     "no datatype": (request(datatype=""), INVALID, "input 'x' has datatype ''; expected FP32"),
-    "unknown datatype": (request(datatype="BF16"), INVALID, "input 'x' has datatype 'BF16'; expected FP32"),
+    "unknown datatype": (request(datatype="FP8"), INVALID, "input 'x' has datatype 'FP8'; expected FP32"),
+    "too many bytes of BF16": (
+        request("brain", datatype="BF16", shape=[2], raw=[bytes(8)]),
+        INVALID,
+        "input 'x' has 8 raw bytes; expected 4 for BF16 [2]",
+    ),
     "lower case": (request(datatype="fp32"), INVALID, "input 'x' has datatype 'fp32'; expected FP32"),
     "no shape": (request(shape=()), INVALID, "input 'x' has shape []; expected [-1, 2]"),
+    "no shape for a batch": (text(b"good", shape=[]), INVALID, "input 'text' has shape []; expected [-1, 1]"),
     "rank too small": (request(shape=[2]), INVALID, "input 'x' has shape [2]; expected [-1, 2]"),
     "rank too large": (request(shape=[1, 1, 2]), INVALID, "input 'x' has shape [1, 1, 2]; expected [-1, 2]"),
     "other length": (request(shape=[1, 3]), INVALID, "input 'x' has shape [1, 3]; expected [-1, 2]"),
     "other fixed length": (request("fixed"), INVALID, "input 'x' has shape [1, 2]; expected [2, 2]"),
     "-1 in a request": (request(shape=[-1, 2]), INVALID, "input 'x' has shape [-1, 2]; expected no negative length"),
+    "negative and positive": (request("deep", shape=[2, -5]), INVALID, "expected no negative length"),
     "negative length": (request(shape=[-5, 2]), INVALID, "input 'x' has shape [-5, 2]; expected no negative length"),
     "two negative lengths": (request("deep", shape=[-1, -2]), INVALID, "expected no negative length"),
     "2^64 + 32 bytes": (request("deep", shape=[2**4, 2**60 + 2]), INVALID, "expected at most 2147483647"),
@@ -189,6 +209,11 @@ MALFORMED = {
     "two fields": (request(raw=(), fp32_contents=[1, 2], bool_contents=[True]), INVALID, "has bool_contents; expected"),
     "too few typed": (request(raw=(), fp32_contents=[1]), INVALID, "has 1 elements in fp32_contents; expected 2"),
     "too many typed": (request(raw=(), fp32_contents=[1, 2, 3]), INVALID, "has 3 elements in fp32_contents; expected"),
+    "typed BF16": (
+        request("brain", datatype="BF16", shape=[2], raw=(), fp32_contents=[1, 2]),
+        INVALID,
+        "input 'x' has datatype BF16, which is expected in raw_input_contents only",
+    ),
     "typed FP16": (
         request("half", datatype="FP16", shape=[2], raw=(), fp32_contents=[1, 2]),
         INVALID,
@@ -228,16 +253,25 @@ MALFORMED = {
     # models and versions
     "unknown model": (request("other"), grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'other' is not found"),
     "no model name": (request(""), grpc.StatusCode.NOT_FOUND, "Request for unknown model: '' is not found"),
-    "path as model name": (request("../etc"), grpc.StatusCode.NOT_FOUND, "unknown model: '../etc' is not found"),
+    **{
+        f"model {name!r}": (request(name), grpc.StatusCode.NOT_FOUND, f"unknown model: {name!r} is not found")
+        for name in ("../etc", "b/../echo", "/etc/passwd", "echo/1", "b/mood", " ..", " ", "echo ", "echo.onnx", "Echo")
+    },
     "other version": (request(version="2"), grpc.StatusCode.NOT_FOUND, "'echo' version 2 is not found"),
-    "version that is no integer": (request(version="abc"), INVALID, "model version 'abc' is not a version"),
-    "negative version": (request(version="-1"), INVALID, "model version '-1' is not a version"),
+    **{
+        f"version {version!r}": (request(version=version), INVALID, f"model version {version!r} is not a version")
+        for version in ("abc", "-1", "0", "01", "1.0", " 1", "+1", "1/../1", "9" * 19, "\u0661")
+    },
     "NUL in the model name": (request("echo\0x"), INVALID, r"model name 'echo\x00x' holds a NUL character"),
     "NUL in the version": (request(version="1\0"), INVALID, r"model version '1\x00' is not a version"),
     # parameters
     "reserved parameter": (with_parameter("triton_x", bool_param=True), INVALID, "parameter 'triton_x' is reserved"),
     "parameter without value": (with_parameter("mine"), INVALID, "parameter 'mine' has no value"),
-    "input parameter without value": (with_parameter("mine", "input"), INVALID, "parameter 'mine' has no value"),
+    "input parameter without value": (
+        with_parameter("mine", "input"),
+        INVALID,
+        "input 'x': parameter 'mine' has no value",
+    ),
     "priority of another type": (
         with_parameter("priority", string_param="1"),
         INVALID,
@@ -255,20 +289,74 @@ MALFORMED = {
     "sequence": (with_parameter("sequence_id", int64_param=7), UNIMPLEMENTED, "sequences are not supported"),
     "named sequence": (with_parameter("sequence_id", string_param="s"), UNIMPLEMENTED, "sequences are not supported"),
     "start of a sequence": (with_parameter("sequence_start", bool_param=True), UNIMPLEMENTED, "'sequence_start'"),
-    "shared memory in": (
+    "shared memory without its size": (
         with_parameter("shared_memory_region", "input", string_param="r"),
-        UNIMPLEMENTED,
-        "input 'x' has parameter 'shared_memory_region': shared memory is not supported",
+        INVALID,
+        "input 'x' has parameter 'shared_memory_region'; expected 'shared_memory_byte_size' beside it",
     ),
-    "shared memory out": (
+    "offset without shared memory": (
         with_parameter("shared_memory_offset", "output", int64_param=2**63 - 1),
-        UNIMPLEMENTED,
-        "output 'y' has parameter 'shared_memory_offset': shared memory is not supported",
+        INVALID,
+        "output 'y' has parameter 'shared_memory_offset'; expected it beside 'shared_memory_region' only",
     ),
-    "classification": (
-        with_parameter("classification", "output", int64_param=1),
-        UNIMPLEMENTED,
-        "output 'y' has parameter 'classification': the classification extension is not supported",
+    "region that is no name": (
+        with_parameter("shared_memory_region", "input", int64_param=1),
+        INVALID,
+        "input 'x': parameter 'shared_memory_region' is a int64_param; expected string_param",
+    ),
+    "negative size of shared memory": (
+        in_shared_memory(size=-8),
+        INVALID,
+        "input 'x': parameter 'shared_memory_byte_size' is -8; expected no negative number",
+    ),
+    "negative offset in shared memory": (
+        with_parameter("shared_memory_offset", "output", in_shared_memory("output"), int64_param=-1),
+        INVALID,
+        "output 'y': parameter 'shared_memory_offset' is -1; expected no negative number",
+    ),
+    "bytes and shared memory": (
+        in_shared_memory(),
+        INVALID,
+        "raw_input_contents has 1 entries for 0 inputs outside shared memory",
+    ),
+    "contents and shared memory": (
+        in_shared_memory(message=request(raw=(), fp32_contents=[1, 2])),
+        INVALID,
+        "input 'x' has contents, but it is in shared memory",
+    ),
+    "shared memory that is off, in": (in_shared_memory(message=request(raw=())), UNIMPLEMENTED, "memory is disabled"),
+    "shared memory that is off, out": (in_shared_memory("output"), UNIMPLEMENTED, "shared memory is disabled"),
+    "classes in shared memory": (
+        with_parameter("classification", "output", in_shared_memory("output"), int64_param=1),
+        INVALID,
+        "output 'y' has 'classification' and 'shared_memory_region'; expected one of them",
+    ),
+    "no classes": (
+        with_parameter("classification", "output", int64_param=0),
+        INVALID,
+        "output 'y' has parameter 'classification' 0; expected a positive number",
+    ),
+    "negative classes": (
+        with_parameter("classification", "output", int64_param=-1),
+        INVALID,
+        "output 'y': parameter 'classification' is -1; expected no negative number",
+    ),
+    "classes that are no number": (
+        with_parameter("classification", "output", string_param="1"),
+        INVALID,
+        "output 'y': parameter 'classification' is a string_param; expected int64_param or uint64_param",
+    ),
+    "classes of an input": (
+        with_parameter("classification", "input", int64_param=1),
+        INVALID,
+        "input 'x' has parameter 'classification', which is expected of outputs only",
+    ),
+    "classes of truth values": (classes_of("flags", "BOOL", b"\0\1"), INVALID, "output 'y' is BOOL; 'classification'"),
+    "classes of texts": (classes_of("words", "BYTES", ELEMENT * 2), INVALID, "output 'y' is BYTES; 'classification'"),
+    "output parameter without value": (
+        with_parameter("mine", "output"),
+        INVALID,
+        "output 'y': parameter 'mine' has no value",
     ),
 }  # fmt: skip
 
