@@ -626,6 +626,21 @@ def test_an_idle_scheduler_holds_no_request(schedule):
     assert array() is None
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_nobody_is_overtaken_for_ever(busy, seed):
+    """Whatever joins what, a request waits for no more runs than there were requests before it."""
+    chance = random.Random(seed)
+    model, scheduler = busy(max_batch=5)
+    asked = [Asked(n, rows=chance.randrange(1, 7), key=chance.choice("abc")).by(scheduler) for n in range(100, 160)]
+
+    model.let_go()
+
+    assert [each.answer() for each in asked] == [2 * n for n in range(100, 160)]
+    before = {value: number for number, run in enumerate(model.runs[1:]) for value in run}
+    assert all(before[100 + place] <= place for place in range(60))
+    assert len(model.runs) < 50
+
+
 @pytest.fixture
 def hectic():
     """Threads are interrupted a hundred times as often as usual."""
@@ -699,7 +714,7 @@ def test_every_request_ends_exactly_once(schedule, hectic, policy):
         assert sorted(sender.told) == sender.taken
         assert not policy.get("preserve_order") or sender.told == sender.taken
     snapshot = scheduler.snapshot()
-    assert snapshot.requests > 100
+    assert snapshot.requests > 50
     assert snapshot.failures["cancelled"] > 10
     assert snapshot.requests + snapshot.failed == sum(
         len(sender.taken) + sender.refused[QueueFull] + sender.refused[BadInput] for sender in senders
