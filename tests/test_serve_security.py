@@ -1,0 +1,420 @@
+"""Who may call: certificates, tokens, and the socket that only its owner can open."""
+
+import contextlib
+import os
+import socket
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+from structlog.testing import capture_logs
+
+from serve.config import ServeConfig
+from serve.errors import PermissionDenied, StartError, Unauthenticated
+from serve.security import Tokens, credentials, private_socket, warn_exposed
+
+CALL = "/inference.GRPCInferenceService/"
+READER, ROTATED, ADMIN, STRANGER = ("reader-token-0001", "reader-token-0002", "admin-token-00001", "stranger-token-01")
+
+
+def openssl(*arguments):
+    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
+
+
+def certificate(folder, name, *, signed_by=None, days=1, authority=False):
+    """Make NAME.pem and NAME.key in a folder; signed by another name there, or by itself."""
+    folder.mkdir(exist_ok=True)
+    pem, key, request, extensions = (folder / f"{name}.{end}" for end in ("pem", "key", "csr", "ext"))
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256")
+    openssl("req", "-new", *curve, "-nodes", "-keyout", key, "-out", request, "-subj", f"/CN={name}")
+    extensions.write_text(f"subjectAltName=DNS:localhost,IP:127.0.0.1\nbasicConstraints=CA:{str(authority).upper()}\n")
+    signer = folder / f"{signed_by or name}"
+    issuer = ("-CA", f"{signer}.pem", "-CAkey", f"{signer}.key", "-CAcreateserial") if signed_by else ("-signkey", key)
+    openssl("x509", "-req", "-in", request, *issuer, "-days", days, "-extfile", extensions, "-out", pem)
+    return pem
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pki")
+    certificate(folder, "authority", authority=True)
+    certificate(folder, "server", signed_by="authority")
+    certificate(folder, "client", signed_by="authority")
+    certificate(folder, "stranger")
+    certificate(folder, "expired", signed_by="authority", days=-1)
+    certificate(folder, "expired-authority", authority=True, days=-1)
+    return folder
+
+
+def config(**options):
+    return ServeConfig(paths=(), **options)
+
+
+def tls(pki, cert="server", key="server", ca=None):
+    return config(tls_cert=pki / f"{cert}.pem", tls_key=pki / f"{key}.key", tls_client_ca=ca and pki / f"{ca}.pem")
+
+
+class Echo(grpc.GenericRpcHandler):
+    def service(self, details):
+        return grpc.unary_unary_rpc_method_handler(lambda request, context: request)
+
+
+@contextlib.contextmanager
+def listening(server_credentials):
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Echo()])
+    port = server.add_secure_port("127.0.0.1:0", server_credentials)
+    server.start()
+    try:
+        yield f"localhost:{port}"
+    finally:
+        server.stop(0).wait()
+
+
+def echo(address, channel_credentials):
+    """The answer over a new connection, or the status."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.secure_channel(address, channel_credentials, options) as channel:
+        try:
+            return channel.unary_unary("/x/y")(b"hello", timeout=10)
+        except grpc.RpcError as error:
+            return error.code()
+
+
+def trust(pki, name="authority", client=None):
+    own = [(pki / f"{client}.{end}").read_bytes() for end in ("key", "pem")] if client else (None, None)
+    return grpc.ssl_channel_credentials((pki / f"{name}.pem").read_bytes(), *own)
+
+
+def test_tls_is_served_to_those_who_trust_its_authority(pki):
+    """A client that knows the authority is answered; one that trusts another is not, and none without TLS."""
+    with listening(credentials(tls(pki))) as address:
+        assert echo(address, trust(pki)) == b"hello"
+        assert echo(address, trust(pki, "stranger")) is grpc.StatusCode.UNAVAILABLE
+        with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError):
+            channel.unary_unary("/x/y")(b"hello", timeout=10)
+
+
+def test_a_client_authority_asks_every_client_for_a_certificate(pki):
+    """With it only clients whose certificate it signed are answered."""
+    with listening(credentials(tls(pki, ca="authority"))) as address:
+        assert echo(address, trust(pki, client="client")) == b"hello"
+        assert echo(address, trust(pki)) is grpc.StatusCode.UNAVAILABLE
+        assert echo(address, trust(pki, client="stranger")) is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_replaced_certificate_is_served_to_new_connections(pki, tmp_path):
+    """Renewal needs no restart: the next connection sees what lies on disk, and a bad file leaves the old one."""
+    for end in ("pem", "key"):
+        (tmp_path / f"server.{end}").write_bytes((pki / f"server.{end}").read_bytes())
+    with listening(credentials(tls(tmp_path))) as address:
+        assert echo(address, trust(pki)) == b"hello"
+
+        (tmp_path / "server.pem").write_bytes((pki / "stranger.pem").read_bytes())
+        with capture_logs() as logs:
+            assert echo(address, trust(pki)) == b"hello"
+        assert [line["event"] for line in logs] == ["changed file not used"]
+
+        (tmp_path / "server.key").write_bytes((pki / "stranger.key").read_bytes())
+        assert echo(address, trust(pki, "stranger")) == b"hello"
+        assert echo(address, trust(pki)) is grpc.StatusCode.UNAVAILABLE
+
+
+def test_no_tls_is_asked_for(pki):
+    """Without a certificate there are no credentials, and half of what TLS needs is an error."""
+    assert credentials(config()) is None
+    with pytest.raises(StartError, match="together"):
+        credentials(config(tls_cert=pki / "server.pem"))
+    with pytest.raises(StartError, match="together"):
+        credentials(config(tls_client_ca=pki / "authority.pem"))
+
+
+@pytest.mark.parametrize(
+    ("cert", "key", "ca", "named", "says"),
+    [
+        ("missing", "server", None, "missing.pem", "cannot be read"),
+        ("server", "client", None, "client.key", "not the key"),
+        ("expired", "expired", None, "expired.pem", "certificate has expired"),
+        ("server", "server", "missing", "missing.pem", "cannot be read"),
+        ("server", "server", "server", "server.pem", "no certificate of an authority"),
+        ("server", "server", "expired-authority", "expired-authority.pem", "expired"),
+    ],
+)
+def test_files_that_cannot_serve_tls_keep_the_server_from_starting(pki, cert, key, ca, named, says):
+    """The error names the file and what is wrong with it."""
+    with pytest.raises(StartError, match=says) as raised:
+        credentials(tls(pki, cert, key, ca))
+
+    assert named in str(raised.value)
+
+
+def test_what_is_no_pem_is_named(pki, tmp_path):
+    """Any other content is an error at the start, for each of the three files."""
+    (tmp_path / "text.pem").write_text("no certificate")
+    (tmp_path / "text.key").write_text("no key")
+    good = {"tls_cert": pki / "server.pem", "tls_key": pki / "server.key"}
+    for bad in ({"tls_cert": tmp_path / "text.pem"}, {"tls_key": tmp_path / "text.key"}):
+        with pytest.raises(StartError, match="text"):
+            credentials(config(**{**good, **bad}))
+    with pytest.raises(StartError, match="holds no certificate"):
+        credentials(config(**good, tls_client_ca=tmp_path / "text.pem"))
+
+
+def test_keys_that_the_server_could_not_use_are_refused(pki, tmp_path):
+    """An encrypted key, for which nobody is asked, and Ed25519, with which every handshake would fail."""
+    openssl("pkey", "-in", pki / "server.key", "-aes128", "-passout", "pass:secret", "-out", tmp_path / "server.key")
+    with pytest.raises(StartError, match="encrypted"):
+        credentials(config(tls_cert=pki / "server.pem", tls_key=tmp_path / "server.key"))
+
+    pem, key = tmp_path / "ed.pem", tmp_path / "ed.key"
+    openssl("req", "-x509", "-newkey", "ed25519", "-nodes", "-subj", "/CN=ed", "-keyout", key, "-out", pem)
+    with pytest.raises(StartError, match="Ed25519"):
+        credentials(config(tls_cert=pem, tls_key=key))
+
+
+def private(path, *lines):
+    path.write_text("\n".join(lines) + "\n")
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    return {
+        "token_file": private(tmp_path / "tokens", "# since May", READER, "", f"  {ROTATED}  "),
+        "admin_token_file": private(tmp_path / "admin", ADMIN),
+    }
+
+
+def outcome(tokens, name, *metadata):
+    method = name if name.startswith("/") else CALL + name
+    try:
+        tokens.check(method, metadata)
+    except (Unauthenticated, PermissionDenied) as error:
+        return type(error)
+    return "allowed"
+
+
+def bearer(token):
+    return ("authorization", f"Bearer {token}")
+
+
+def test_a_call_needs_a_token_that_is_known(files):
+    """Each of several tokens is valid, so that they can be rotated; none and others are not."""
+    tokens = Tokens(config(**files))
+    for name in ("ModelInfer", "ModelStreamInfer", "ModelMetadata", "RepositoryIndex", "SystemSharedMemoryStatus"):
+        assert outcome(tokens, name, bearer(READER)) == "allowed"
+        assert outcome(tokens, name, bearer(ROTATED)) == "allowed"
+        assert outcome(tokens, name, bearer(ADMIN)) == "allowed"
+        assert outcome(tokens, name) is Unauthenticated
+        assert outcome(tokens, name, bearer(STRANGER)) is Unauthenticated
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "RepositoryModelLoad",
+        "RepositoryModelUnload",
+        "SystemSharedMemoryRegister",
+        "SystemSharedMemoryUnregister",
+        "CudaSharedMemoryRegister",
+        "CudaSharedMemoryUnregister",
+        "LogSettings",
+        "TraceSetting",
+    ],
+)
+def test_calls_of_administration_need_an_admin_token(files, name):
+    """A token for inference is known, but not for these; no token is no token."""
+    tokens = Tokens(config(**files, admin=True))
+
+    assert outcome(tokens, name, bearer(ADMIN)) == "allowed"
+    assert outcome(tokens, name, bearer(READER)) is PermissionDenied
+    assert outcome(tokens, name, bearer(STRANGER)) is Unauthenticated
+    assert outcome(tokens, name) is Unauthenticated
+
+
+def test_probes_need_no_token_and_unknown_calls_do(files):
+    """Health and liveness are open, since probes have no token; whatever is not listed as open is not."""
+    tokens = Tokens(config(**files))
+    for name in ("ServerLive", "ServerReady", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"):
+        assert outcome(tokens, name) == "allowed"
+    for name in ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", "ModelReady", "Added", "/a/b"):
+        assert outcome(tokens, name) is Unauthenticated
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        [("authorization", READER)],
+        [("authorization", f"Basic {READER}")],
+        [("authorization", "Bearer ")],
+        [("authorization", f"Bearer {READER}x")],
+        [("authorization", f"Bearer {READER[:-1]}")],
+        [("authorization-bin", READER.encode())],
+        [("token", READER)],
+        [bearer(READER), bearer(STRANGER)],
+    ],
+)
+def test_a_token_is_taken_from_one_authorization_header_only(files, metadata):
+    """Anything but `authorization: Bearer TOKEN`, once, is no token."""
+    assert outcome(Tokens(config(**files)), "ModelInfer", *metadata) is Unauthenticated
+
+
+def test_the_scheme_may_be_written_in_any_case(files):
+    """As HTTP has it."""
+    assert outcome(Tokens(config(**files)), "ModelInfer", ("authorization", f"bearer {READER}")) == "allowed"
+
+
+def test_without_files_every_call_is_allowed():
+    """Tokens are an option; without them nothing is asked for."""
+    assert outcome(Tokens(config(admin=True)), "RepositoryModelLoad") == "allowed"
+
+
+def test_admin_tokens_alone_leave_inference_open(files):
+    """Only what --admin allows is then kept for those who have one."""
+    tokens = Tokens(config(admin=True, admin_token_file=files["admin_token_file"]))
+
+    assert outcome(tokens, "ModelInfer") == "allowed"
+    assert outcome(tokens, "RepositoryModelLoad") is Unauthenticated
+    assert outcome(tokens, "RepositoryModelLoad", bearer(ADMIN)) == "allowed"
+
+
+@pytest.mark.parametrize("switch", ["admin", "shared_memory"])
+def test_tokens_without_admin_tokens_would_leave_administration_to_nobody(files, switch):
+    """Or to everybody; the server asks which instead of choosing."""
+    with pytest.raises(StartError, match="admin-token-file"):
+        Tokens(config(token_file=files["token_file"], **{switch: True}))
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["# only a comment", ""], "holds no token"),
+        ([READER, "short"], "line 2"),
+        ([f"{READER} and a remark"], "line 1"),
+        (["tökens-of-length-16"], "line 1"),
+    ],
+)
+def test_a_token_file_that_cannot_be_used_keeps_the_server_from_starting(tmp_path, lines, says):
+    """The error names the file and the line, and never the token."""
+    path = private(tmp_path / "tokens", *lines)
+
+    with pytest.raises(StartError, match=says) as raised:
+        Tokens(config(token_file=path))
+    assert str(path) in str(raised.value)
+    assert READER not in str(raised.value)
+
+    path.unlink()
+    with pytest.raises(StartError, match="cannot be read"):
+        Tokens(config(token_file=path))
+
+
+def test_a_changed_token_file_is_read_again(files, monkeypatch):
+    """Rotation needs no restart; a file that became unusable leaves the last good tokens valid."""
+    monkeypatch.setattr("serve.security.CHECKED_EVERY_S", 0)
+    tokens = Tokens(config(**files))
+
+    private(files["token_file"], ROTATED, STRANGER)
+    assert outcome(tokens, "ModelInfer", bearer(STRANGER)) == "allowed"
+    assert outcome(tokens, "ModelInfer", bearer(READER)) is Unauthenticated
+
+    files["token_file"].unlink()
+    assert outcome(tokens, "ModelInfer", bearer(STRANGER)) == "allowed"
+
+
+def test_tokens_are_in_no_log_and_no_object(files):
+    """Neither what is logged nor what is kept holds a token."""
+    files["token_file"].chmod(0o644)
+    with capture_logs() as logs:
+        tokens = Tokens(config(**files))
+        outcome(tokens, "ModelInfer", bearer(STRANGER))
+
+    assert [line["event"] for line in logs] == ["secret readable by everybody"]
+    kept = (
+        repr(logs) + repr(vars(tokens)) + repr([vars(each) for each in vars(tokens).values() if hasattr(each, "value")])
+    )
+    assert READER not in kept
+    assert STRANGER not in kept
+
+
+def exposed(**options):
+    with capture_logs() as logs:
+        warn_exposed(config(**options))
+    return [line["event"] for line in logs]
+
+
+def test_what_the_network_can_do_is_said_at_the_start(tmp_path):
+    """Loopback and a socket are nobody else's; on other addresses each gap is a line."""
+    some = tmp_path / "file"
+    assert exposed() == []
+    assert exposed(host="::1", admin=True) == []
+    assert exposed(host="0.0.0.0", socket=some) == []
+    assert exposed(host="0.0.0.0") == ["everybody in the network can call", "data cross the network in plain text"]
+    assert exposed(host="::", token_file=some) == ["tokens and data cross the network in plain text"]
+    assert exposed(host="0.0.0.0", token_file=some, tls_cert=some, tls_key=some) == []
+    assert exposed(host="0.0.0.0", tls_cert=some, tls_key=some, tls_client_ca=some, admin=True) == []
+    assert "everybody in the network can load and unload models" in exposed(host="0.0.0.0", admin=True)
+
+
+@contextlib.contextmanager
+def on_socket(path):
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Echo()])
+    with private_socket(path) as address:
+        server.add_insecure_port(address)
+    server.start()
+    try:
+        yield address
+    finally:
+        server.stop(0).wait()
+
+
+def test_a_socket_is_its_owners_and_goes_with_the_server(tmp_path):
+    """Mode 0600, calls are answered, and nothing is left when the server has stopped."""
+    path = tmp_path / "s"
+    before = os.umask(0o022)
+    os.umask(before)
+    with on_socket(path) as address, grpc.insecure_channel(address) as channel:
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert channel.unary_unary("/x/y")(b"hello", timeout=10) == b"hello"
+        assert os.umask(before) == before
+
+    assert not path.exists()
+
+
+def test_a_socket_that_is_in_use_is_not_taken(tmp_path):
+    """The server that listens there goes on; gRPC alone would have taken the path from it."""
+    path = tmp_path / "s"
+    with on_socket(path) as address:
+        with pytest.raises(StartError, match="in use"), private_socket(path):
+            pass
+        with grpc.insecure_channel(address) as channel:
+            assert channel.unary_unary("/x/y")(b"hello", timeout=10) == b"hello"
+
+
+def test_a_socket_that_an_ended_server_left_is_replaced(tmp_path):
+    """Nobody listens there any more, so it does not keep the next server from starting."""
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+
+    with on_socket(path) as address, grpc.insecure_channel(address) as channel:
+        assert channel.unary_unary("/x/y")(b"hello", timeout=10) == b"hello"
+
+
+def test_no_file_is_removed_for_a_socket(tmp_path):
+    """What is there and is no socket stays, also a link that leads nowhere."""
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(StartError, match="is no socket"), private_socket(tmp_path / name):
+            pass
+    assert (tmp_path / "file").read_text() == "kept"
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_path_that_no_socket_can_have_is_an_error(tmp_path):
+    """Too long for the system, or in a folder that is not there."""
+    for path, says in [(Path("/tmp") / ("x" * 120), "107 bytes"), (tmp_path / "no" / "s", "not a folder")]:
+        with pytest.raises(StartError, match=says), private_socket(path):
+            pass
