@@ -15,7 +15,7 @@ from protos import inference_pb2 as pb
 from serve import calls
 from serve.calls import Answer, Call, Class, Health, Parameters, Tensors
 from serve.channel import ATTEMPTS, Tls, resolve
-from serve.columns import ModelMetadata, Raws, cut, join, to_columns
+from serve.columns import ModelMetadata, Raws, check_batching, cut, join, to_columns
 from serve.errors import ServerError
 from serve.region import Region, SharedTensor
 
@@ -38,6 +38,7 @@ class AioClient:
         parallel: int = 4,
     ) -> None:
         """Connect at the first call; made inside a coroutine. Arguments and errors as of Client."""
+        check_batching(max_rows, parallel)
         target = resolve(address, tls=tls, token=token, attempts=attempts)
         self.address = address
         self.timeout_s = timeout_s

@@ -17,7 +17,7 @@ from protos import inference_pb2 as pb
 from serve import calls
 from serve.calls import Answer, Call, Class, Health, Parameters, Tensors
 from serve.channel import ATTEMPTS, Tls, resolve
-from serve.columns import ModelMetadata, Raws, cut, join, to_columns
+from serve.columns import ModelMetadata, Raws, check_batching, cut, join, to_columns
 from serve.errors import ServerError
 from serve.region import Region, SharedTensor
 
@@ -55,6 +55,7 @@ class Client:
         Raises:
             BadInput: one of these cannot be, or the token would cross a network in plain text.
         """
+        check_batching(max_rows, parallel)
         target = resolve(address, tls=tls, token=token, attempts=attempts)
         self.address = address
         self.timeout_s = timeout_s

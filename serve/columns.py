@@ -61,6 +61,17 @@ def to_columns(raws: Raws, metadata: ModelMetadata) -> dict[str, np.ndarray]:
     return {spec.name: column for spec, column in zip(metadata.inputs, columns, strict=True)}
 
 
+def check_batching(max_rows: int, parallel: int) -> None:
+    """Refuse sizes that no request can have.
+
+    Raises:
+        BadInput: one is below 1.
+    """
+    for name, value in (("max_rows", max_rows), ("parallel", parallel)):
+        if value < 1:
+            raise BadInput(f"{name} is {value}; expected at least 1.")
+
+
 def cut(columns: Mapping[str, np.ndarray], max_rows: int) -> list[slice]:
     """The rows of each request: in order, at most `max_rows`, and MAX_BYTES where one row has no more.
 

@@ -6,28 +6,35 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import grpc
+from grpc_health.v1 import health, health_pb2_grpc
 
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 
 
 class Echo(inference_pb2_grpc.GRPCInferenceServiceServicer):
-    """What a test may change: how many calls are refused, as what, what is answered, and whether answers wait."""
+    """What a test may change: which calls are refused and as what, what is answered, and whether answers wait."""
 
     def __init__(self):
-        self.refusals = 0
+        self.refusals = 0  # of the next calls
         self.status = grpc.StatusCode.UNAVAILABLE
+        self.refuses = lambda request: False
         self.answer = None
+        self.together = threading.Barrier(1)  # inference calls that are answered at the same time
+        self.input = "text"
+        self.health = health.HealthServicer()
         self.calls = Counter()
         self.requests = []
+        self.left_s = []  # of each call's deadline
         self.headers = {}
-        self.together = threading.Barrier(1)
-        self.finished = threading.Event()
+        self.ended = threading.Event()  # the last call, however
 
     def enter(self, method, context):
         self.calls[method] += 1
         self.headers = dict(context.invocation_metadata())
-        context.add_callback(self.finished.set)
+        self.left_s.append(context.time_remaining())
+        self.ended.clear()
+        context.add_callback(self.ended.set)
         if self.refusals > 0:
             self.refusals -= 1
             context.abort(self.status, "Exceeds maximum queue size")
@@ -39,19 +46,25 @@ class Echo(inference_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelMetadata(self, request, context):
         self.enter("ModelMetadata", context)
         answer = pb.ModelMetadataResponse(name=request.name, versions=["1"], platform="edgeward_bundle")
-        answer.inputs.add(name="text", datatype="BYTES", shape=[-1, 1])
+        answer.inputs.add(name=self.input, datatype="BYTES", shape=[-1, 1])
         return answer
 
     def ModelInfer(self, request, context):
         self.requests.append(request)
         self.enter("ModelInfer", context)
+        if self.refuses(request):
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "example 0 is bad")
         self.together.wait(10)
         return self.answer or echo(request)
 
     def ModelStreamInfer(self, requests, context):
         self.enter("ModelStreamInfer", context)
         for request in requests:
-            yield pb.ModelStreamInferResponse(infer_response=echo(request))
+            self.requests.append(request)
+            if self.refuses(request):
+                yield pb.ModelStreamInferResponse(error_message="example 0 is bad")
+            else:
+                yield pb.ModelStreamInferResponse(infer_response=echo(request))
 
     def RepositoryModelLoad(self, request, context):
         self.enter("RepositoryModelLoad", context)
@@ -67,16 +80,17 @@ def echo(request):
 
 @contextmanager
 def serving(address="127.0.0.1:0", credentials=None):
-    """An Echo, and the address that it really listens on; `server` stops it earlier."""
+    """An Echo and its health, with the `address` that it really listens on."""
     servicer = Echo()
     server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.max_receive_message_length", -1)])
     inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer.health, server)
     port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     server.start()
-    servicer.server = server
-    servicer.address = address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+    servicer.stop = lambda: server.stop(0).wait()
+    servicer.address = address if address.startswith("unix:") else f"127.0.0.1:{port}"
     try:
         yield servicer
     finally:
         servicer.together.abort()
-        server.stop(0).wait()
+        servicer.stop()
