@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from bundle.errors import BadInput, EdgewardError
+from bundle.errors import BadInput
 from serve.batch import Outcome, Runs, run_batch
 from serve.errors import Cancelled, Closed, DeadlineExceeded, QueueFull, TimedOut
 from serve.queue import Job, Policy, Queue, Times
@@ -162,10 +162,7 @@ class Scheduler:
         self._started = True
 
     def _watch(self) -> bool:
-        """Drop what has expired, or sleep until the next may have; False when there is nothing left to watch.
-
-        A runner drops what has expired, too, but may be busy when it does.
-        """
+        """Drop what has expired, or sleep until the next may have; False when there is nothing left to watch."""
         with self._lock:
             dropped = self._queue.expire()
             if not dropped:
@@ -179,25 +176,16 @@ class Scheduler:
         return True
 
     def _run(self) -> bool:
-        """Run the next batch; False when there will be none."""
+        """Wait for a batch and run it; False when there will be none, as it is closed and nothing waits."""
         with self._lock:
-            batch, dropped = self._take()
-        for job, error in dropped:
-            self._finish(job, error)
-        if batch:
-            self._execute(batch)
-        return bool(batch or dropped)
-
-    def _take(self) -> tuple[list[Job], list[tuple[Job, EdgewardError]]]:
-        """Wait for jobs to run or for jobs to drop, and take them out; none when it is closed and nothing waits."""
-        while True:
-            dropped = self._queue.expire()
-            if dropped:
-                return [], dropped
             batch, wait_s = self._ready()
-            if batch or (self._closed and not self._queue):
-                return batch, []
-            self._work.wait(wait_s)
+            while not batch:
+                if self._closed and not self._queue:
+                    return False
+                self._work.wait(wait_s)
+                batch, wait_s = self._ready()
+        self._execute(batch)
+        return True
 
     def _ready(self) -> tuple[list[Job], float | None]:
         """What is to run now, taken out; or nothing, and how long to wait unless something changes."""

@@ -224,6 +224,21 @@ def test_instances_run_at_the_same_time(schedule):
     assert [each.answer() for each in asked] == [2, 4, 6]
 
 
+def test_what_is_left_is_run_by_another_instance(schedule):
+    """A request that ends the wait of a batch that it cannot join runs beside it, not after it."""
+    model = Doubler(blocked=True)
+    scheduler = schedule(model, instances=2, max_batch=4, max_delay_s=10_000)
+    asked = [Asked(1).by(scheduler)]
+    assert Asked(0).by(schedule(Doubler(), max_batch=2, max_delay_s=0.02)).answer() == 0  # now both threads wait
+    asked.append(Asked(2, rows=4).by(scheduler))
+
+    model.await_run()
+    model.await_run()
+
+    model.let_go()
+    assert [each.answer() for each in asked] == [2, 4]
+
+
 def test_higher_priority_runs_first(busy):
     """1 is the highest; who asks for none has the default; on one level the order is that of arrival."""
     model, scheduler = busy(levels=3, default_level=2)
@@ -512,7 +527,7 @@ def test_order_can_be_kept(schedule):
 
 def test_closing_runs_what_waits(busy):
     """New requests are refused, those that wait are run without delay, and the threads end."""
-    model, scheduler = busy(max_batch=4, max_delay_s=10_000)
+    model, scheduler = busy(max_batch=4, max_delay_s=10_000, instances=2)
     threads = [thread for thread in threading.enumerate() if thread.name.endswith("-doubler")]
     asked = Asked(1, key="waits for others").by(scheduler)
     closing = Future()
@@ -544,6 +559,29 @@ def test_closing_ends_in_time(busy):
     model.let_go()
     assert scheduler.close(PATIENCE_S)
     assert (scheduler.snapshot().requests, scheduler.snapshot().failures["rejected"]) == (1, 1)
+
+
+def test_closing_ends_threads_beside_an_inline_run(schedule):
+    """A thread that waits for the inline run to end is not left behind."""
+    model = Doubler(blocked=True)
+    scheduler = schedule(model)
+    inline = threading.Thread(target=scheduler.try_inline, args=(Asked(1).job,))
+    inline.start()
+    model.await_run()
+    before = set(threading.enumerate())
+    asked = Asked(2).by(scheduler)
+    started = set(threading.enumerate()) - before
+
+    assert not scheduler.close(0.01)
+
+    with pytest.raises(Closed):
+        asked.answer()
+    assert len(started) == 2
+    for thread in started:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+    model.let_go()
+    inline.join(PATIENCE_S)
 
 
 def test_a_caller_that_fails_harms_nobody(schedule):
@@ -593,6 +631,8 @@ def test_inline_refuses_unless_the_model_is_idle(busy, schedule):
     assert not taken.try_inline(Asked(1).job)
     assert not delaying.try_inline(Asked(1).job)
     assert delaying.try_inline(Asked(1, key=None).job)
+    Asked(1).by(delaying)
+    assert not delaying.try_inline(Asked(1, key=None).job)
 
 
 def test_an_inline_run_takes_an_instance(schedule):
