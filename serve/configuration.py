@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from bundle.tensor import TensorSpec
 from protos import inference_pb2 as pb
 from serve.models import ServedModel
+from serve.pbtxt import data_type
 
 _BACKENDS = {"edgeward_bundle": "edgeward", "onnxruntime_onnx": "onnxruntime"}
 
@@ -25,32 +25,47 @@ def model_metadata(model: ServedModel, versions: Sequence[int]) -> pb.ModelMetad
 
 
 def model_config(model: ServedModel) -> pb.ModelConfig:
-    """How the model is run."""
-    gpu = model.device != "cpu"
-    config = pb.ModelConfig(
-        name=model.name,
-        platform=model.platform,
-        backend=_BACKENDS[model.platform],
-        max_batch_size=model.max_batch,
-        parameters={key: pb.ModelParameter(string_value=value) for key, value in model.facts.items()},
-    )
-    config.instance_group.add(
-        name=f"{model.name}_0",
-        count=1,
-        kind=pb.ModelInstanceGroup.KIND_GPU if gpu else pb.ModelInstanceGroup.KIND_CPU,
-        gpus=[0] if gpu else [],
-    )
-    for spec in model.inputs:
-        may_miss = spec.name in model.optional
-        config.input.add(name=spec.name, data_type=_data_type(spec), dims=_dims(spec, model), optional=may_miss)
-    for spec in model.outputs:
-        config.output.add(name=spec.name, data_type=_data_type(spec), dims=_dims(spec, model))
+    """How the model is run: what its config.pbtxt said, if it has one, and what is really there."""
+    config = pb.ModelConfig()
+    if model.config is not None:
+        config.CopyFrom(model.config)
+    elif model.policy.max_batch > 1:
+        config.dynamic_batching.max_queue_delay_microseconds = round(model.policy.max_delay_s * 1e6)
+    config.name = model.name
+    config.platform = model.platform
+    config.backend = _BACKENDS[model.platform]
+    config.max_batch_size = model.max_batch
+    for key, value in model.facts.items():
+        config.parameters[key].string_value = value
+    _set_instances(config, model)
+    _set_tensors(config, model)
     return config
 
 
-def _data_type(spec: TensorSpec) -> str:
-    return "TYPE_STRING" if spec.datatype == "BYTES" else f"TYPE_{spec.datatype}"
+def _set_instances(config: pb.ModelConfig, model: ServedModel) -> None:
+    del config.instance_group[:]
+    config.instance_group.add(
+        name=f"{model.name}_0",
+        count=model.policy.instances,
+        kind=pb.ModelInstanceGroup.KIND_CPU if model.device == "cpu" else pb.ModelInstanceGroup.KIND_GPU,
+        gpus=[] if model.device == "cpu" else [0],
+    )
 
 
-def _dims(spec: TensorSpec, model: ServedModel) -> tuple[int, ...]:
-    return spec.shape[1:] if model.max_batch else spec.shape
+def _set_tensors(config: pb.ModelConfig, model: ServedModel) -> None:
+    formats = {each.name: each.format for each in config.input}
+    labels = {each.name: each.label_filename for each in config.output}
+    batched = model.max_batch > 0  # then the first axis is left out of dims
+    del config.input[:], config.output[:]
+    for spec in model.inputs:
+        config.input.add(
+            name=spec.name,
+            data_type=data_type(spec),
+            format=formats.get(spec.name),
+            dims=spec.shape[batched:],
+            optional=spec.name in model.optional,
+        )
+    for spec in model.outputs:
+        config.output.add(
+            name=spec.name, data_type=data_type(spec), dims=spec.shape[batched:], label_filename=labels.get(spec.name)
+        )

@@ -16,7 +16,7 @@ from bundle.session import Session
 from bundle.tensor import NUMPY_TYPES, TensorSpec
 from protos import inference_pb2 as pb
 from serve.config import ServeConfig
-from serve.errors import StartError
+from serve.errors import GateNotPassed
 from serve.queue import Policy
 
 MAX_BATCH = 1024  # rows of one request to a bundle or to its bare graph
@@ -260,11 +260,11 @@ def check_gate(model: ServedModel) -> None:
     """Refuse what no gate has passed.
 
     Raises:
-        StartError: it is a plain graph, or a variant whose accuracy was not shown to survive.
+        GateNotPassed: it is a plain graph, or a variant whose accuracy was not shown to survive.
     """
     gate = model.facts["gate"]
     if gate not in ("PASS", "parity"):
-        raise StartError(
+        raise GateNotPassed(
             f"{model.source}: {model.name} version {model.version} is not served, because --require-gate asks for a "
             f"passed accuracy gate and its gate is {gate}. Export a bundle of it, or leave out --require-gate."
         )

@@ -131,24 +131,31 @@ def _check_tensors(kind: str, tensors: Sequence[pb.ModelInput] | Sequence[pb.Mod
 
 
 def complete(
-    config: pb.ModelConfig, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+    config: pb.ModelConfig,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    optional: Sequence[TensorSpec] = (),
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """What is served of a graph under a configuration: inputs and outputs, with the batch axis.
 
     Datatypes and dims that the configuration leaves out are the graph's, and so are inputs that it does not name. Where
     the graph allows any length, the configuration may allow one. Outputs that it does not name are not served, unless
-    it names none.
+    it names none; optional inputs that it does not name are not served either.
 
     Args:
         config: from `parse_config`.
         inputs: of the graph.
         outputs: of the graph.
+        optional: inputs that the graph has a value for.
 
     Raises:
         ConfigRefused: it contradicts the graph.
     """
     batched = config.max_batch_size > 0
-    said = _fit("input", config.input, inputs, batched)
+    said = _fit("input", config.input, [*inputs, *optional], batched)
+    needed = {spec.name for spec in inputs} & {tensor.name for tensor in config.input if tensor.optional}
+    if needed:
+        raise ConfigRefused(f"config.pbtxt has input {min(needed)!r} as optional; the graph needs it.")
     takes = tuple({spec.name: spec for spec in (*inputs, *said)}.values())
     gives = tuple(_fit("output", config.output, outputs, batched) or outputs)
     unbatched = next((spec for spec in (*takes, *gives) if batched and spec.shape[:1] != (-1,)), None)

@@ -58,6 +58,14 @@ def test_what_a_configuration_leaves_out_is_the_graph_s():
     assert complete(parse_config('input { name: "text" }', "m"), [IMAGE, TEXT], [LOSS])[0] == (IMAGE, TEXT)
 
 
+def test_an_optional_input_is_served_where_the_configuration_names_it():
+    """An old graph lists every weight as an input that may be left out; none of them is a client's by default."""
+    weight = TensorSpec("weight", "FP32", (3,))
+
+    assert complete(parse_config("max_batch_size: 4", "m"), [IMAGE], [SCORE], [weight]) == ((IMAGE,), (SCORE,))
+    assert complete(parse_config('input { name: "weight" }', "m"), [IMAGE], [SCORE], [weight])[0] == (IMAGE, weight)
+
+
 def test_outputs_that_a_configuration_does_not_name_are_not_served():
     """Naming some of the outputs chooses them, and their order."""
     config = parse_config('output { name: "b" } output { name: "a" }', "m")
@@ -188,6 +196,7 @@ def test_what_is_not_done_here_is_refused_by_name(text, words):
         ('output { name: "score" dims: [ -1, -1 ] }', r"dims \[-1, -1\]; the graph has \[-1, 10\]"),
         ('output { name: "score" dims: [ 10 ] }', r"dims \[10\]; the graph has \[-1, 10\]"),
         ('max_batch_size: 2 output { name: "score" dims: [ -1, 10 ] }', r"the graph has \[10\] without the batch axis"),
+        ('input { name: "text" optional: true }', "input 'text' as optional; the graph needs it"),
         ("max_batch_size: 2", r"max_batch_size 2, but 'loss' of the graph is FP64 \[\]"),
     ],
 )

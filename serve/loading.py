@@ -1,0 +1,125 @@
+"""A place on the disk -> models that can be called: verified, held to their gate and their config.pbtxt, warm."""
+
+from dataclasses import replace
+
+import numpy as np
+import structlog
+
+from bundle.errors import (
+    BundleDamaged,
+    BundleError,
+    BundleUnsupported,
+    DeviceUnavailable,
+    EdgewardError,
+    MissingExtra,
+    ModelError,
+    SelfTestFailed,
+)
+from bundle.model import load_model
+from bundle.session import Session
+from bundle.tensor import NUMPY_TYPES, TensorSpec
+from protos import inference_pb2 as pb
+from serve.config import ServeConfig
+from serve.errors import ConfigRefused, GateNotPassed, StartError
+from serve.layout import Place
+from serve.models import ServedModel, bare_graph, check_gate, default_policy, plain_graph, served_bundle
+from serve.pbtxt import choose_device, choose_threads, complete, queue_policy, read_labels
+
+log = structlog.get_logger()
+
+_REASONS: dict[type[EdgewardError], str] = {
+    SelfTestFailed: "this device does not reproduce the golden examples",
+    BundleUnsupported: "the bundle has another format version, or no variant for this device",
+    BundleDamaged: "a file of the bundle is missing, unlisted or changed",
+    BundleError: "it is no bundle",
+    DeviceUnavailable: "the device that it needs cannot be used",
+    MissingExtra: "a package that it needs is not installed",
+    ModelError: "the graph cannot be loaded",
+    GateNotPassed: "no accuracy gate has passed it, and this server asks for one",
+}
+
+
+def reason(error: Exception) -> str:
+    """Why a model was not loaded, in words that a client may read: no paths, nothing of the runtime's own."""
+    if isinstance(error, ConfigRefused):
+        return str(error).removesuffix(".")
+    known = next((text for kind, text in _REASONS.items() if isinstance(error, kind)), None)
+    return known or "the server's log says why"
+
+
+def load_place(place: Place, config: ServeConfig) -> tuple[ServedModel, ...]:
+    """Everything that is served from one place, ready to be called.
+
+    Args:
+        place: from serve.layout.
+        config: of the server.
+
+    Raises:
+        EdgewardError: it cannot be served here, or may not be.
+    """
+    models = _load_bundle(place, config) if place.is_bundle else (_load_graph(place, config),)
+    if config.require_gate:
+        check_gate(models[0])
+    if models[0].facts["gate"] == "ungated":
+        log.warning("ungated model", model=place.name, version=place.version, path=str(place.path))
+    warm_up(models[-1])
+    return models
+
+
+def _load_bundle(place: Place, config: ServeConfig) -> tuple[ServedModel, ...]:
+    model = load_model(place.path, device=config.device, threads=config.threads)
+    manifest = model.manifest
+    if (place.name, place.version) != (manifest.name, manifest.version):
+        raise StartError(
+            f"{place.path} holds bundle {manifest.name!r} version {manifest.version}; in a repository it belongs in "
+            f"{manifest.name}/{manifest.version}."
+        )
+    session = model.session
+    policy = default_policy(config, joins=model.variant.batch_invariant, device=session.device, threads=session.threads)
+    return served_bundle(model, place.path, policy), bare_graph(model, place.path, policy)
+
+
+def _load_graph(place: Place, config: ServeConfig) -> ServedModel:
+    said = place.config or pb.ModelConfig()
+    try:
+        graph = place.path.read_bytes()
+        device, threads = choose_device(said, config.device), choose_threads(said, config.threads)
+        session = Session(graph, device=device, threads=threads)
+    except (OSError, ModelError) as error:
+        raise ModelError(f"{place.path} cannot be served: {error}") from error
+    policy = default_policy(config, joins=False, device=session.device, threads=session.threads)
+    model = plain_graph(session, place.name, place.version, place.path, policy)
+    if place.config is None:
+        return model
+    inputs, outputs = complete(said, session.inputs, session.outputs, session.optional)
+    return replace(
+        model,
+        inputs=inputs,
+        outputs=outputs,
+        optional=model.optional & {spec.name for spec in inputs},
+        labels=read_labels(said, place.path.parent.parent),
+        max_batch=said.max_batch_size,
+        joins=said.max_batch_size > 0,
+        policy=queue_policy(said, policy),
+        config=said,
+    )
+
+
+def warm_up(model: ServedModel) -> None:
+    """Run a model that takes tensors with zeros, once for each number of rows that runs are padded to.
+
+    The first run of a session takes its memory and sets up its kernels. Zeros can be no input of this very graph; then
+    the first request is the first run. A bundle's golden examples have been through its session before.
+    """
+    sizes: tuple[int | None, ...] = (model.policy.sizes if model.max_batch else ()) or (None,)
+    arrays = {spec.name: _zeros(spec) for spec in model.inputs if spec.name not in model.optional}
+    try:
+        for size in sizes:
+            model.run([model.decode(arrays)], size)
+    except EdgewardError as error:
+        log.info("not warmed up", model=model.name, version=model.version, because=str(error))
+
+
+def _zeros(spec: TensorSpec) -> np.ndarray:
+    shape = [1 if size == -1 else size for size in spec.shape]
+    return np.full(shape, b"", object) if spec.datatype == "BYTES" else np.zeros(shape, NUMPY_TYPES[spec.datatype])
