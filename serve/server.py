@@ -2,47 +2,109 @@
 
 import signal
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
-import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
-from protos import inference_pb2 as pb
-from protos import inference_pb2_grpc as rpc
+from serve import layout, security
+from serve.admission import Admission
 from serve.config import ServeConfig
-from serve.errors import StartError
-from serve.repository import Repository, load_repository
-from serve.service import Service, status
+from serve.http import HttpPort
+from serve.metrics import Metrics, Traffic
+from serve.processes import serve_many
+from serve.reload import Watcher
+from serve.repository import open_repository
+from serve.service import Service
+from serve.shared_memory import Regions
+from serve.transport import Transport
+
+if TYPE_CHECKING:
+    from serve.tracing import OtlpTracer
 
 log = structlog.get_logger()
 
-_SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 _LAST_BYTES_S = 1.0  # for answers that are already on their way
 
 
 class Server:
-    """A running server.
+    """A running server. `start` makes one.
 
     Attributes:
-        address: host and port.
+        address: host and port, or unix:PATH.
         port: the one that it really listens on.
+        http_port: the same of /metrics; None: there is none.
     """
 
-    def __init__(self, config: ServeConfig, repository: Repository) -> None:
+    def __init__(self, config: ServeConfig) -> None:
+        """Load and self-test every model, then listen.
+
+        Raises:
+            EdgewardError: a model cannot be served, an option cannot be met, or a port cannot be bound.
+        """
         self._config = config
-        self._service = Service(repository)
-        self._health = health.HealthServicer()
-        self._transport = _transport(config, self._service, self._health)
-        self.port = _bind(self._transport, config.host, config.port)
-        self.address = _address(config.host, self.port)
-        for name in ["", *repository.names()]:
-            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        self._transport.start()
+        self._ready = False
+        self._metrics: Metrics | None = None
+        with ExitStack() as opened:  # closed again when something below fails
+            credentials, tokens = security.credentials(config), security.Tokens(config)
+            self._tracer = _tracer(config)
+            if self._tracer:
+                opened.callback(self._tracer.close)
+            self._http = self._open_http()
+            if self._http:
+                opened.callback(self._http.stop)
+            self._repository = open_repository(config)
+            opened.callback(self._repository.close, 0)
+            self._admission = Admission(max_bytes=config.max_bytes, max_streams=config.max_streams)
+            regions = Regions(enabled=config.shared_memory)
+            self._service = Service(config, self._repository, regions, self._tracer)
+            with _address(config) as address:
+                self._transport = Transport(
+                    config,
+                    self._service,
+                    address=address,
+                    credentials=credentials,
+                    tokens=tokens,
+                    admission=self._admission,
+                )
+            opened.pop_all()
+        self.port = self._transport.port
+        self.http_port = self._http.port if self._http else None
+        self.address = address if config.socket else _host_and_port(config.host, self.port)
+        self._metrics = Metrics(self._repository, self._traffic)
+        self._announce()
+        self._watcher = Watcher(layout.roots(config.paths), self._repository.refresh) if config.watch else None
+
+    def _announce(self) -> None:
+        """Tell who asks for health that all is well, and of changes from now on."""
+        self._repository.on_change = self._transport.set_health
+        for name in ["", *self._repository.names()]:
+            self._transport.set_health(name, True)
+        self._ready = True
+
+    def _open_http(self) -> HttpPort | None:
+        port = self._config.http_port
+        if port is None:
+            return None
+        return HttpPort(self._config.host, port, metrics=self._shown, ready=lambda: self._ready)
+
+    def _shown(self) -> bytes:
+        return self._metrics.text() if self._metrics else b""
+
+    def _traffic(self) -> Traffic:
+        now = self._admission.snapshot()
+        refused = {"bytes": now.refused_bytes, "streams": now.refused_streams}
+        return Traffic(calls=now.requests, bytes=now.bytes, streams=now.streams, refused=refused)
+
+    def models(self) -> list[str]:
+        """What is served, as NAME:VERSION."""
+        return [f"{served.model.name}:{served.model.version}" for served in self._repository]
+
+    def devices(self) -> list[str]:
+        """That the models run on."""
+        return sorted({served.model.device for served in self._repository})
 
     def stop(self, drain_s: float | None = None) -> None:
         """Say that it is not ready, let running calls end, close the socket.
@@ -51,11 +113,19 @@ class Server:
             drain_s: how long calls may go on; by default what the config says. Later they are cut off.
         """
         limit = self._config.drain_s if drain_s is None else drain_s
-        self._health.enter_graceful_shutdown()
+        self._ready = False
+        if self._watcher:
+            self._watcher.stop()
+        self._transport.set_stopping()
         drained = self._service.drain(limit)
         if not drained:
             log.warning("calls cut off", drain_s=limit)
-        self._transport.stop(_LAST_BYTES_S if drained else 0).wait()
+        self._transport.stop(_LAST_BYTES_S if drained else 0)
+        self._repository.close(0)
+        if self._http:
+            self._http.stop()
+        if self._tracer:
+            self._tracer.close()
         log.info("stopped", address=self.address)
 
 
@@ -63,19 +133,28 @@ def start(config: ServeConfig) -> Server:
     """Load and self-test every model, then listen.
 
     Raises:
-        EdgewardError: a model cannot be served, or the port cannot be bound.
+        EdgewardError: a model cannot be served, an option cannot be met, or a port cannot be bound.
     """
-    repository = load_repository(
-        config.paths, device=config.device, threads=config.threads, require_gate=config.require_gate
-    )
-    server = Server(config, repository)
-    models = [f"{model.name}:{model.version}" for model in repository]
-    log.info("ready", address=server.address, models=models, devices=sorted({model.device for model in repository}))
+    security.warn_exposed(config)
+    server = Server(config)
+    http = {"http_port": server.http_port} if server.http_port else {}
+    log.info("ready", address=server.address, **http, models=server.models(), devices=server.devices())
     return server
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. Call it in the main thread; a second signal is not caught."""
+    """Serve until SIGTERM or SIGINT, then drain. Call it in the main thread; a second signal is not caught.
+
+    Raises:
+        EdgewardError: see `start`.
+    """
+    if config.processes > 1:
+        serve_many(config, _serve)
+    else:
+        _serve(config)
+
+
+def _serve(config: ServeConfig) -> None:
     stopping = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -83,7 +162,8 @@ def serve(config: ServeConfig) -> None:
         for each, before in previous.items():
             signal.signal(each, before)
 
-    previous = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    heard = [each for each in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(each) is not signal.SIG_IGN]
+    previous = {each: signal.getsignal(each) for each in heard}
     server = start(config)
     for each in previous:
         signal.signal(each, stop)
@@ -92,45 +172,23 @@ def serve(config: ServeConfig) -> None:
     server.stop()
 
 
-def _transport(config: ServeConfig, service: Service, health_servicer: health.HealthServicer) -> grpc.Server:
-    server = grpc.server(
-        ThreadPoolExecutor(config.workers, thread_name_prefix="call"),
-        options=[
-            ("grpc.so_reuseport", 0),  # a port that is taken is an error
-            ("grpc.max_receive_message_length", config.max_message_bytes),
-            ("grpc.max_send_message_length", config.max_message_bytes),
-        ],
-    )
-    servicer = rpc.GRPCInferenceServiceServicer()  # what it is not given is UNIMPLEMENTED
-    for method in _SERVICE.methods:
-        if hasattr(service, method.name):
-            setattr(servicer, method.name, _answer_with(getattr(service, method.name)))
-    rpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    names = (_SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
-    return server
+def _tracer(config: ServeConfig) -> "OtlpTracer | None":
+    if config.otlp is None:
+        return None
+    from serve.tracing import OtlpTracer  # needs an extra
+
+    return OtlpTracer(config.otlp)
 
 
-def _answer_with(call: Callable[[Any], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:
-    def answer(request: Any, context: grpc.ServicerContext) -> Any:
-        try:
-            return call(request)
-        except Exception as error:
-            context.abort(*status(error))
-
-    return answer
-
-
-def _bind(server: grpc.Server, host: str, port: int) -> int:
-    try:
-        return int(server.add_insecure_port(_address(host, port)))
-    except RuntimeError as error:
-        raise StartError(
-            f"{_address(host, port)} cannot be bound: the port is taken, or not allowed, or the host is not this "
-            "machine's. Choose another --port; 0 takes any that is free."
-        ) from error
+@contextmanager
+def _address(config: ServeConfig) -> Iterator[str]:
+    """What to bind, within the block."""
+    if config.socket is None:
+        yield _host_and_port(config.host, config.port)
+    else:
+        with security.private_socket(config.socket) as address:
+            yield address
 
 
-def _address(host: str, port: int) -> str:
+def _host_and_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

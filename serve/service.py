@@ -2,41 +2,75 @@
 
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import grpc
 import structlog
 
 from bundle.errors import BadInput, EdgewardError
 from protos import inference_pb2 as pb
+from serve import logs
+from serve.config import ServeConfig
 from serve.configuration import model_config, model_metadata
-from serve.errors import NotFound, NotReady, NotSupported, UnknownModel
-from serve.inputs import read_inputs
-from serve.outputs import read_outputs, write_outputs
-from serve.parameters import read_request
+from serve.errors import (
+    AlreadyExists,
+    Cancelled,
+    DeadlineExceeded,
+    Exhausted,
+    LimitReached,
+    LoadFailed,
+    NotFound,
+    NotReady,
+    NotSupported,
+    PermissionDenied,
+    Unauthenticated,
+    UnknownModel,
+)
+from serve.inference import Inference, Outcome
 from serve.repository import Repository
 from serve.shared_memory import Regions
+from serve.statistics import as_message
+
+if TYPE_CHECKING:
+    from serve.tracing import Begun, Tracer
 
 log = structlog.get_logger()
 
-EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "parameters")
+Metadata = Iterable[tuple[str, str | bytes]]
+
 MAX_DETAILS = 500  # characters; the status travels in headers, which have a limit of their own
 
 _STATUS: dict[type[EdgewardError], grpc.StatusCode] = {
     BadInput: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownModel: grpc.StatusCode.NOT_FOUND,
     NotFound: grpc.StatusCode.NOT_FOUND,
+    AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     NotSupported: grpc.StatusCode.UNIMPLEMENTED,
     NotReady: grpc.StatusCode.UNAVAILABLE,
+    LoadFailed: grpc.StatusCode.INVALID_ARGUMENT,
+    LimitReached: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Exhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Cancelled: grpc.StatusCode.CANCELLED,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
 }
+
+
+def code_of(error: BaseException) -> grpc.StatusCode:
+    """The status of an error; INTERNAL for one that is not ours, CANCELLED for what ends a call from outside."""
+    if not isinstance(error, Exception):
+        return grpc.StatusCode.CANCELLED
+    return next((code for kind, code in _STATUS.items() if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
 def status(error: Exception) -> tuple[grpc.StatusCode, str]:
     """What a client is told of an error. One that is not in the table is logged under an id, and only that is told."""
-    code = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), None)
-    if code is not None:
+    code = code_of(error)
+    if code is not grpc.StatusCode.INTERNAL:
         return code, _cut(str(error))
     fault = secrets.token_hex(4)
     log.error("call failed", id=fault, exc_info=error)
@@ -50,9 +84,10 @@ def _cut(details: str) -> str:
 class Service:
     """The calls by their names in the protocol; each raises EdgewardError, which `status` translates."""
 
-    def __init__(self, repository: Repository) -> None:
-        self._repository = repository
-        self._regions = Regions(enabled=False)
+    def __init__(
+        self, config: ServeConfig, repository: Repository, regions: Regions, tracer: "Tracer | None" = None
+    ) -> None:
+        self._config, self._repository, self._regions, self._tracer = config, repository, regions, tracer
         self._version = version("edgeward")
         self._draining = False
         self._running = 0
@@ -70,50 +105,190 @@ class Service:
         """False for a model that is not served, and while the server drains."""
         try:
             self._repository.find(request.name, request.version)
-        except UnknownModel:
+        except (UnknownModel, NotReady):
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=not self._draining)
 
     def ServerMetadata(self, request: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
         """Name, version and what there is beyond the core of the protocol."""
-        return pb.ServerMetadataResponse(name="edgeward", version=self._version, extensions=EXTENSIONS)
+        return pb.ServerMetadataResponse(name="edgeward", version=self._version, extensions=extensions(self._config))
 
     def ModelMetadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
         """What a model takes and gives; every version there is when none was named, else that one."""
-        model = self._repository.find(request.name, request.version)
+        model = self._repository.find(request.name, request.version).model
         versions = [model.version] if request.version else self._repository.versions(model.name)
         return model_metadata(model, versions)
 
     def ModelConfig(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
         """How a model is run."""
-        return pb.ModelConfigResponse(config=model_config(self._repository.find(request.name, request.version)))
+        return pb.ModelConfigResponse(config=model_config(self._repository.find(request.name, request.version).model))
 
-    def ModelInfer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
-        """Tensors in, tensors out."""
-        with self._call():
-            model = self._repository.find(request.model_name, request.model_version)
-            read_request(request.parameters)
-            wanted = read_outputs(request, model.outputs, self._regions)
-            arrays = model.infer(read_inputs(request, model.inputs, model.optional, self._regions))
-            response = pb.ModelInferResponse(model_name=model.name, model_version=str(model.version), id=request.id)
-            write_outputs(response, wanted, arrays, model.labels, batched=model.max_batch > 0)
-            return response
+    def ModelStatistics(self, request: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
+        """Of one version of a model, of all its versions, or of all models."""
+        if request.version and not request.name:
+            raise BadInput(f"version {request.version!r} is asked for without a name; expected both, or no version.")
+        found = list(self._repository)
+        if request.name:
+            wanted = self._repository.find(request.name, request.version)
+            found = [wanted] if request.version else [one for one in found if one.model.name == request.name]
+        stats = [as_message(one.model.name, one.model.version, one.statistics.snapshot()) for one in found]
+        return pb.ModelStatisticsResponse(model_stats=stats)
+
+    def RepositoryIndex(self, request: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:
+        """Every version that is or could be served."""
+        _only_repository(request.repository_name)
+        found = [one for one in self._repository.index() if not request.ready or one.state == "READY"]
+        entry = pb.RepositoryIndexResponse.ModelIndex
+        return pb.RepositoryIndexResponse(
+            models=[entry(name=one.name, version=str(one.version), state=one.state, reason=one.reason) for one in found]
+        )
+
+    def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest) -> pb.RepositoryModelLoadResponse:
+        """Load a model, or look whether there are new versions of it; blocks until it can be called."""
+        _only_repository(request.repository_name)
+        for key in request.parameters:
+            raise NotSupported(f"load parameter {key!r} is not supported: a model is loaded as it lies on disk.")
+        self._repository.load(request.model_name)
+        return pb.RepositoryModelLoadResponse()
+
+    def RepositoryModelUnload(self, request: pb.RepositoryModelUnloadRequest) -> pb.RepositoryModelUnloadResponse:
+        """Unload a model; blocks until the calls that it is answering have ended."""
+        _only_repository(request.repository_name)
+        for key in request.parameters.keys() - {"unload_dependents"}:  # nothing depends on a model
+            raise BadInput(f"unload parameter {key!r} is not known; expected unload_dependents or none.")
+        self._repository.unload(request.model_name)
+        return pb.RepositoryModelUnloadResponse()
+
+    def SystemSharedMemoryStatus(
+        self, request: pb.SystemSharedMemoryStatusRequest
+    ) -> pb.SystemSharedMemoryStatusResponse:
+        """One registered region, or all."""
+        kind = pb.SystemSharedMemoryStatusResponse.RegionStatus
+        regions = {
+            one.name: kind(name=one.name, key=one.key, offset=one.offset, byte_size=one.byte_size)
+            for one in self._regions.status(request.name)
+        }
+        return pb.SystemSharedMemoryStatusResponse(regions=regions)
+
+    def SystemSharedMemoryRegister(
+        self, request: pb.SystemSharedMemoryRegisterRequest
+    ) -> pb.SystemSharedMemoryRegisterResponse:
+        """Map a region that a client on this machine made."""
+        self._regions.register(request.name, request.key, request.offset, request.byte_size)
+        return pb.SystemSharedMemoryRegisterResponse()
+
+    def SystemSharedMemoryUnregister(
+        self, request: pb.SystemSharedMemoryUnregisterRequest
+    ) -> pb.SystemSharedMemoryUnregisterResponse:
+        """Forget a region, or all; one in use is unmapped after its last use."""
+        self._regions.unregister(request.name)
+        return pb.SystemSharedMemoryUnregisterResponse()
+
+    def CudaSharedMemoryStatus(self, request: pb.CudaSharedMemoryStatusRequest) -> pb.CudaSharedMemoryStatusResponse:
+        """There is none."""
+        return pb.CudaSharedMemoryStatusResponse()
+
+    def CudaSharedMemoryRegister(
+        self, request: pb.CudaSharedMemoryRegisterRequest
+    ) -> pb.CudaSharedMemoryRegisterResponse:
+        """Not supported."""
+        raise NotSupported("CUDA shared memory is not supported; register system shared memory, or send the bytes.")
+
+    def CudaSharedMemoryUnregister(
+        self, request: pb.CudaSharedMemoryUnregisterRequest
+    ) -> pb.CudaSharedMemoryUnregisterResponse:
+        """Not supported."""
+        raise NotSupported("CUDA shared memory is not supported; nothing is registered.")
+
+    def TraceSetting(self, request: pb.TraceSettingRequest) -> pb.TraceSettingResponse:
+        """Not supported."""
+        raise NotSupported("trace settings are not supported: traces are those of OpenTelemetry, set at the start.")
+
+    def LogSettings(self, request: pb.LogSettingsRequest) -> pb.LogSettingsResponse:
+        """What is logged, after the changes that the request asks for."""
+        if request.settings and not self._config.admin:
+            raise PermissionDenied("log settings can be changed only where the server was started with --admin.")
+        return logs.log_settings(request)
 
     @contextmanager
-    def _call(self) -> Iterator[None]:
+    def call(
+        self,
+        request: pb.ModelInferRequest,
+        metadata: Metadata,
+        done: Callable[[Outcome], None],
+        deadline: float | None = None,
+    ) -> Iterator[Inference]:
+        """A ModelInfer, or a request of a stream: queued on entry, counted while it lasts, then logged and traced.
+
+        Args:
+            request: as it came.
+            metadata: of the call.
+            done: called once, from any thread, with what Inference.answer takes; not if this raises.
+            deadline: time.monotonic() when nobody waits for the answer any more.
+
+        Raises:
+            EdgewardError: the server is stopping, there is no such model, or the request does not fit it.
+        """
+        begun = self._tracer.begin(metadata) if self._tracer else None
+        inference, code = Inference(request, self._regions, done, deadline), grpc.StatusCode.OK
+        self._enter()
+        try:
+            self._repository.call(request.model_name, request.model_version, inference.queue)
+            yield inference
+        except BaseException as error:
+            code = code_of(error)
+            raise
+        finally:
+            self._leave()
+            if begun or logs.logs_requests():
+                self._tell(inference, code, begun)
+
+    def _enter(self) -> None:
         with self._changed:
             if self._draining:
                 raise NotReady("the server is stopping and takes no new calls")
             self._running += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._running -= 1
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._running -= 1
+            if self._draining:
                 self._changed.notify_all()
+
+    def _tell(self, inference: Inference, code: grpc.StatusCode, begun: "Begun | None") -> None:
+        facts = inference.facts()
+        if logs.logs_requests():
+            logs.log_request(**facts, code=code)
+        if self._tracer and begun:
+            self._tracer.end(begun, **facts, code=code)
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new inference calls and wait for the running ones; whether all of them ended in time."""
         with self._changed:
             self._draining = True
             return self._changed.wait_for(lambda: self._running == 0, timeout_s)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes calls."""
+        return not self._draining
+
+
+def extensions(config: ServeConfig) -> list[str]:
+    """What ServerMetadata tells of; clients switch on it."""
+    names = [
+        "binary_tensor_data",
+        "classification",
+        "model_configuration",
+        "parameters",
+        "schedule_policy",
+        "statistics",
+    ]
+    names += ["model_repository", "logging"] if config.admin else []
+    names += ["system_shared_memory"] if config.shared_memory else []
+    return sorted(names)
+
+
+def _only_repository(name: str) -> None:
+    if name:
+        raise NotSupported(f"repository {name!r} is not there: the server has one, without a name.")

@@ -1,0 +1,275 @@
+"""gRPC on asyncio, in a thread of its own: who may call, when to give up, what a client is told of an error."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from bundle.errors import BadInput
+from protos import inference_pb2 as pb
+from serve.admission import Admission
+from serve.config import ServeConfig
+from serve.errors import StartError
+from serve.security import Tokens
+from serve.service import Metadata, Service, status
+
+log = structlog.get_logger()
+
+WINDOW = 64  # requests of one stream that are in work; more are not read
+RECEIVE_S = 60.0  # in which a request has to arrive
+_SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+_BLOCKING = {"RepositoryModelLoad", "RepositoryModelUnload"}  # all others answer from memory
+_ENDS = "triton_grpc_error"  # metadata: an error ends the stream, as its status
+_OPTIONS = {
+    "grpc.max_concurrent_streams": 1024,  # of a connection; more calls wait at the client
+    "grpc.max_allowed_incoming_connections": 1024,
+    "grpc.server_handshake_timeout_ms": 10_000,
+    "grpc.keepalive_time_ms": 60_000,  # a peer that is gone is found within 80 seconds, not two hours
+    "grpc.keepalive_timeout_ms": 20_000,
+    "grpc.keepalive_permit_without_calls": 1,
+    "grpc.http2.min_ping_interval_without_data_ms": 10_000,  # clients that ping oftener are sent away
+}
+
+Context = grpc.aio.ServicerContext
+
+
+class Transport:
+    """A listening server; its methods may be called from any thread.
+
+    Attributes:
+        port: the one that it really listens on; of a Unix-domain socket it says nothing.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        service: Service,
+        *,
+        address: str,
+        credentials: grpc.ServerCredentials | None,
+        tokens: Tokens,
+        admission: Admission,
+    ) -> None:
+        """Listen, and answer from then on.
+
+        Raises:
+            StartError: the address cannot be bound.
+        """
+        self._config, self._service, self._address, self._credentials = config, service, address, credentials
+        self._admission = admission
+        self._calls = _Calls(self._handlers(), tokens)
+        self._loop = asyncio.new_event_loop()
+        bound: Future[int] = Future()
+        self._thread = threading.Thread(target=self._run, args=(bound,), name="grpc", daemon=True)
+        self._thread.start()
+        self.port = bound.result()
+
+    def set_health(self, name: str, ready: bool) -> None:
+        """What grpc.health.v1 says of a model; of the whole server by the name ""."""
+        known = health_pb2.HealthCheckResponse
+        self._on_loop(self._health.set(name, known.SERVING if ready else known.NOT_SERVING))
+
+    def set_stopping(self) -> None:
+        """From now on grpc.health.v1 says of everything that it is not served."""
+        self._on_loop(self._health.enter_graceful_shutdown())
+
+    def stop(self, grace_s: float) -> None:
+        """Close the socket; calls may go on for so many seconds, then they are cut off."""
+        self._on_loop(self._server.stop(grace_s))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _on_loop(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _run(self, bound: "Future[int]") -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            bound.set_result(self._loop.run_until_complete(self._listen()))
+        except BaseException as error:
+            bound.set_exception(error)
+            return
+        self._loop.run_forever()
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()
+
+    async def _listen(self) -> int:
+        limit = self._config.max_message_bytes
+        options = {
+            "grpc.so_reuseport": int(self._config.processes > 1),  # else a port that is taken is an error
+            "grpc.max_receive_message_length": limit,
+            "grpc.max_send_message_length": limit,
+            **_OPTIONS,
+        }
+        self._server = grpc.aio.server(options=list(options.items()))
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (_SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self._server.add_generic_rpc_handlers((self._calls,))
+        port = self._bind()
+        await self._server.start()
+        return port
+
+    def _bind(self) -> int:
+        try:
+            if self._credentials is None:
+                return int(self._server.add_insecure_port(self._address))
+            return int(self._server.add_secure_port(self._address, self._credentials))
+        except RuntimeError as error:
+            raise StartError(
+                f"{self._address} cannot be bound: the port is taken, or not allowed, or the host is not this "
+                "machine's. Choose another --port; 0 takes any that is free."
+            ) from error
+
+    def _handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        """By the path of each call."""
+        handlers = {}
+        for method in _SERVICE.methods:
+            request, response = getattr(pb, method.input_type.name), getattr(pb, method.output_type.name)
+            match method.name:
+                case "ModelInfer":  # as a stream of one, so that it is called before the request has arrived
+                    made = grpc.stream_unary_rpc_method_handler(self._infer, request.FromString, _serialize)
+                case "ModelStreamInfer":
+                    made = grpc.stream_stream_rpc_method_handler(self._stream, request.FromString, _serialize)
+                case name:
+                    call = self._unary(name, getattr(self._service, name), response)
+                    made = grpc.unary_unary_rpc_method_handler(call, request.FromString, _serialize)
+            handlers[f"/{_SERVICE.full_name}/{method.name}"] = made
+        return handlers
+
+    def _unary(self, name: str, call: Callable[[Any], Any], response: type[Any]) -> Callable[[Any, Context], Any]:
+        async def answer(request: Any, context: Context) -> Any:
+            try:
+                return await asyncio.to_thread(call, request) if name in _BLOCKING else call(request)
+            except Exception as error:
+                return _failed(error, context, response)
+
+        return answer
+
+    async def _infer(self, requests: AsyncIterator[pb.ModelInferRequest], context: Context) -> pb.ModelInferResponse:
+        left = context.time_remaining()
+        deadline = None if left is None else time.monotonic() + left
+        try:
+            async with asyncio.timeout(RECEIVE_S):
+                request = await context.read()
+            if request is grpc.aio.EOF:
+                raise BadInput("the call ended without a request; expected one.")
+            return await self._answered(request, context.invocation_metadata(), deadline)
+        except Exception as error:
+            return _failed(error, context, pb.ModelInferResponse)
+
+    async def _answered(
+        self, request: pb.ModelInferRequest, metadata: Metadata, deadline: float | None
+    ) -> pb.ModelInferResponse:
+        """The answer to one request, on whatever call it came; its work is dropped when the call is cancelled."""
+        waiting: asyncio.Future[Any] = self._loop.create_future()
+
+        def done(outcome: Any) -> None:
+            self._loop.call_soon_threadsafe(_settle, waiting, outcome)
+
+        size = request.ByteSize()
+        with self._admission.request(size), self._service.call(request, metadata, done, deadline) as inference:
+            try:
+                return inference.answer(await waiting)
+            except asyncio.CancelledError:
+                inference.cancel()
+                raise
+
+    async def _stream(
+        self, requests: AsyncIterator[pb.ModelInferRequest], context: Context
+    ) -> AsyncIterator[pb.ModelStreamInferResponse]:
+        """Requests are run side by side and answered in their order; an error is a message, or ends the stream."""
+        metadata = context.invocation_metadata()
+        ends = dict(metadata).get(_ENDS) == "true"
+        started: asyncio.Queue[tuple[str, asyncio.Task[pb.ModelInferResponse]] | None] = asyncio.Queue(WINDOW)
+
+        async def read() -> None:
+            try:
+                async for request in requests:
+                    await started.put((request.id, asyncio.create_task(self._answered(request, metadata, None))))
+            finally:
+                await started.put(None)
+
+        try:
+            with self._admission.stream():
+                reader = asyncio.create_task(read())
+                try:
+                    while (each := await started.get()) is not None:
+                        yield await _streamed(*each, ends)
+                finally:
+                    await _dropped(reader, started)
+        except Exception as error:
+            _failed(error, context, pb.ModelStreamInferResponse)
+
+
+class _Calls(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Finds who answers a call, before its request has arrived: who may not call sends no bytes for nothing."""
+
+    def __init__(self, handlers: Mapping[str, grpc.RpcMethodHandler], tokens: Tokens) -> None:
+        self._handlers, self._tokens = handlers, tokens
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        handler = self._handlers.get(details.method)
+        if handler is None:
+            return None
+        try:
+            self._tokens.check(details.method, details.invocation_metadata)
+        except Exception as error:
+            return _refusal(error)
+        return handler
+
+
+def _refusal(error: Exception) -> grpc.RpcMethodHandler:
+    async def refuse(requests: AsyncIterator[bytes], context: Context) -> bytes:
+        _failed(error, context, bytes)
+        return b""
+
+    return grpc.stream_unary_rpc_method_handler(refuse)
+
+
+def _failed(error: Exception, context: Context, response: type[Any]) -> Any:
+    """Set the status of a call, whose answer is then empty; abort() would keep the request until a collection."""
+    code, details = status(error)
+    context.set_code(code)
+    context.set_details(details)
+    return response()
+
+
+def _serialize(message: Any) -> bytes:
+    data: bytes = message.SerializeToString()
+    return data
+
+
+async def _streamed(name: str, task: "asyncio.Task[pb.ModelInferResponse]", ends: bool) -> pb.ModelStreamInferResponse:
+    """One answer of a stream, marked as the only one to its request."""
+    try:
+        response = await task
+    except Exception as error:
+        if ends:
+            raise
+        return pb.ModelStreamInferResponse(
+            error_message=status(error)[1], infer_response=pb.ModelInferResponse(id=name)
+        )
+    response.parameters["triton_final_response"].bool_param = True
+    return pb.ModelStreamInferResponse(infer_response=response)
+
+
+async def _dropped(reader: "asyncio.Task[None]", started: "asyncio.Queue[Any]") -> None:
+    """Nobody reads the answers any more: what was begun is cancelled."""
+    reader.cancel()
+    while not started.empty():
+        if (left := started.get_nowait()) is not None:
+            left[1].cancel()
+
+
+def _settle(waiting: "asyncio.Future[Any]", outcome: Any) -> None:
+    if not waiting.done():
+        waiting.set_result(outcome)
