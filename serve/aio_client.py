@@ -1,5 +1,6 @@
 """The client of serve/client.py for asyncio: the same calls, to be awaited."""
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
@@ -37,7 +38,12 @@ class AioClient:
         max_rows: int = 64,
         parallel: int = 4,
     ) -> None:
-        """Connect at the first call; made inside a coroutine. Arguments and errors as of Client."""
+        """Connect at the first call. Arguments and errors as of Client.
+
+        Raises:
+            RuntimeError: no event loop is running here.
+        """
+        asyncio.get_running_loop()  # else gRPC would take one that never runs
         check_batching(max_rows, parallel)
         target = resolve(address, tls=tls, token=token, attempts=attempts)
         self.address = address

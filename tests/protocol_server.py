@@ -27,14 +27,15 @@ class Echo(inference_pb2_grpc.GRPCInferenceServiceServicer):
         self.requests = []
         self.left_s = []  # of each call's deadline
         self.headers = {}
-        self.ended = threading.Event()  # the last call, however
+        self.inferring = threading.Event()  # a call came so far
+        self.ended = threading.Event()  # a call of inference, however
 
     def enter(self, method, context):
         self.calls[method] += 1
         self.headers = dict(context.invocation_metadata())
         self.left_s.append(context.time_remaining())
-        self.ended.clear()
-        context.add_callback(self.ended.set)
+        if method in ("ModelInfer", "ModelStreamInfer"):
+            context.add_callback(self.ended.set)
         if self.refusals > 0:
             self.refusals -= 1
             context.abort(self.status, "Exceeds maximum queue size")
@@ -54,6 +55,7 @@ class Echo(inference_pb2_grpc.GRPCInferenceServiceServicer):
         self.enter("ModelInfer", context)
         if self.refuses(request):
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "example 0 is bad")
+        self.inferring.set()
         self.together.wait(10)
         return self.answer or echo(request)
 
