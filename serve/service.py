@@ -197,8 +197,10 @@ class Service:
     def CudaSharedMemoryUnregister(
         self, request: pb.CudaSharedMemoryUnregisterRequest
     ) -> pb.CudaSharedMemoryUnregisterResponse:
-        """Not supported."""
-        raise NotSupported("CUDA shared memory is not supported; nothing is registered.")
+        """There is nothing to forget; clients of shared memory call it all the same."""
+        if not self._config.shared_memory:
+            raise NotSupported("shared memory is not supported: the server was started without --shared-memory.")
+        return pb.CudaSharedMemoryUnregisterResponse()
 
     def TraceSetting(self, request: pb.TraceSettingRequest) -> pb.TraceSettingResponse:
         """Not supported."""

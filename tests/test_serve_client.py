@@ -8,7 +8,8 @@ from bundle.errors import BadInput, EdgewardError
 from bundle.tensor import TensorSpec
 from serve.client import Client
 from serve.errors import ServerError
-from serve.server import ServeConfig, start
+from serve.config import ServeConfig
+from serve.server import start
 from tests.serve_bundles import identity, png, write_image_bundle, write_text_bundle
 
 

@@ -20,7 +20,8 @@ from edgeward.__main__ import run
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serve.client import Client
-from serve.server import ServeConfig, start
+from serve.config import ServeConfig
+from serve.server import start
 from tests.serve_bundles import (
     FLOWER,
     TASKS,

@@ -15,10 +15,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serve.client import Client
+from serve.config import ServeConfig
 from serve.errors import NotReady, ServerError, StartError
-from serve.repository import load_repository
-from serve.server import ServeConfig, start
+from serve.repository import open_repository
+from serve.server import start
 from serve.service import Service, status
+from serve.shared_memory import Regions
 from tests.serve_bundles import counter, identity, write_text_bundle
 
 PROGRAM = """
@@ -29,9 +31,9 @@ import structlog
 structlog.configure(
     processors=[structlog.processors.JSONRenderer()], logger_factory=structlog.PrintLoggerFactory(sys.stderr)
 )
-from serve.repository import load_repository
-from serve.server import ServeConfig, serve
-serve(ServeConfig(paths=(Path(sys.argv[1]),), port=int(sys.argv[2]), device="cpu", threads=1))
+from serve.config import ServeConfig
+from serve.server import serve
+serve(ServeConfig(paths=(Path(sys.argv[1]),), port=int(sys.argv[2]), device="cpu", threads=1, instances=2))
 """
 
 
@@ -98,7 +100,7 @@ def test_a_signal_lets_the_running_call_end_and_takes_no_new_one(slow, number):
 
 def test_calls_that_outlast_the_drain_are_cut_off(slow):
     """After drain_s the client is told, not left waiting."""
-    server = start(ServeConfig(paths=(slow,), port=0, device="cpu", threads=1))
+    server = start(ServeConfig(paths=(slow,), port=0, device="cpu", threads=1, instances=2))
     with grpc.insecure_channel(server.address) as channel:
         running = running_call(inference_pb2_grpc.GRPCInferenceServiceStub(channel), 1_000_000)
         server.stop(drain_s=0)
@@ -107,7 +109,7 @@ def test_calls_that_outlast_the_drain_are_cut_off(slow):
 
 def test_health_is_not_serving_while_the_server_drains(slow):
     """Who watches hears it before the socket closes."""
-    server = start(ServeConfig(paths=(slow,), port=0, device="cpu", threads=1))
+    server = start(ServeConfig(paths=(slow,), port=0, device="cpu", threads=1, instances=2))
     with grpc.insecure_channel(server.address) as channel, ThreadPoolExecutor() as pool:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="slow"))
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
@@ -209,12 +211,13 @@ def test_the_client_needs_no_runtime():
 
 def test_a_drained_service_refuses_by_status(slow):
     """The refusal comes from the service itself, so that every transport says the same."""
-    service = Service(load_repository([slow], device="cpu", threads=1))
+    config = ServeConfig(paths=(slow,), device="cpu", threads=1)
+    service = Service(config, open_repository(config), Regions(enabled=False))
     assert service.drain(0)
 
     assert not service.ServerReady(pb.ServerReadyRequest()).ready
     assert not service.ModelReady(pb.ModelReadyRequest(name="slow")).ready
     assert service.ServerLive(pb.ServerLiveRequest()).live
     with pytest.raises(NotReady, match="stopping") as refused:
-        service.ModelInfer(pb.ModelInferRequest(model_name="slow"))
+        service.call(pb.ModelInferRequest(model_name="slow"), (), print).__enter__()
     assert status(refused.value)[0] is grpc.StatusCode.UNAVAILABLE

@@ -17,7 +17,8 @@ from bundle.model import load_model
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serve.client import Client
-from serve.server import ServeConfig, start
+from serve.config import ServeConfig
+from serve.server import start
 from tests.serve_bundles import TASKS, identity, png, write_image_bundle, write_text_bundle
 
 TEXTS = [b"the film is good", b"", b"bad bad film", "né".encode()]
@@ -43,7 +44,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(models):
-    server = start(ServeConfig(paths=(models,), port=0, device="cpu", threads=1))
+    server = start(ServeConfig(paths=(models,), port=0, device="cpu", threads=1, instances=2, versions="all"))
     yield server
     server.stop(drain_s=0)
 
@@ -90,7 +91,14 @@ def test_the_server_names_itself_and_only_what_it_has(stub):
     answer = stub.ServerMetadata(pb.ServerMetadataRequest())
 
     assert (answer.name, answer.version) == ("edgeward", version("edgeward"))
-    assert list(answer.extensions) == ["binary_tensor_data", "model_configuration", "parameters"]
+    assert list(answer.extensions) == [
+        "binary_tensor_data",
+        "classification",
+        "model_configuration",
+        "parameters",
+        "schedule_policy",
+        "statistics",
+    ]
 
 
 def test_metadata_of_a_bundle_is_the_table_of_the_protocol(stub):
@@ -152,7 +160,8 @@ def test_config_of_a_bundle_leaves_the_batch_axis_out(stub):
             {"name": "score", "data_type": "TYPE_FP32", "dims": ["3"]},
             {"name": "logits", "data_type": "TYPE_FP32", "dims": ["3"]},
         ],
-        "instance_group": [{"name": "mood_0", "count": 1, "kind": "KIND_CPU"}],
+        "dynamic_batching": {},
+        "instance_group": [{"name": "mood_0", "count": 2, "kind": "KIND_CPU"}],
         "parameters": {
             "gate": {"string_value": "parity"},
             "variant": {"string_value": "only"},
@@ -351,9 +360,10 @@ def test_reflection_shows_the_services(channel):
     assert database.FindFileContainingSymbol("inference.GRPCInferenceService").package == "inference"
 
 
-def test_calls_that_do_not_exist_are_unimplemented(channel):
+@pytest.mark.parametrize("name", ["TraceSetting", "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister", "Nothing"])
+def test_calls_that_do_not_exist_are_unimplemented(channel, name):
     """Methods of the protocol that this server does not have are not advertised, and answered so."""
-    call = channel.unary_unary("/inference.GRPCInferenceService/ModelStatistics")
+    call = channel.unary_unary(f"/inference.GRPCInferenceService/{name}")
 
     with pytest.raises(grpc.RpcError) as refused:
         call(b"")

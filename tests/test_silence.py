@@ -120,7 +120,8 @@ SERVE = """
 import sys
 from pathlib import Path
 from serve.client import Client
-from serve.server import ServeConfig, start
+from serve.config import ServeConfig
+from serve.server import start
 server = start(ServeConfig((Path(sys.argv[1]),), port=0, device="cpu"))
 with Client(f"127.0.0.1:{server.port}") as client:
     raws = [golden.read_bytes() for golden in sorted(Path(sys.argv[1]).glob("goldens/?.???"))]
