@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Literal
 import numpy as np
 import structlog
 
+from bundle import weights
 from bundle.errors import DeviceUnavailable, MissingExtra, ModelError
 from bundle.host import cpu_count, products_saturate
 from bundle.tensor import NUMPY_TYPES, TensorSpec
@@ -197,10 +199,15 @@ def _load(graph: bytes, device: str, threads: int, optimize: bool) -> onnxruntim
     if device != "cpu" and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # the CUDA libraries of pip's nvidia packages
     name = {"cuda": "CUDA", "tensorrt": "TensorRT"}.get(device, device)
+    options, read = _options(threads, optimize), graph
+    if device == "cpu":  # where it was measured
+        file = secrets.token_hex(16)
+        read = weights.without_weights(graph, file)
+        options.add_external_initializers_from_files_in_memory([file], [graph], [len(graph)])
     try:
         session = onnxruntime.InferenceSession(
-            graph,
-            sess_options=_options(threads, optimize),
+            read,
+            sess_options=options,
             providers=providers,
             enable_fallback=0,
             disabled_optimizers=_SLOW.get(device),
