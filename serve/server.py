@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from serve import layout, security
+from serve import security
 from serve.admission import Admission
 from serve.config import ServeConfig
 from serve.http import HttpPort
@@ -75,7 +75,7 @@ class Server:
         self.address = address if config.socket else _host_and_port(config.host, self.port)
         self._metrics = Metrics(self._repository, self._traffic)
         self._announce()
-        self._watcher = Watcher(layout.roots(config.paths), self._repository.refresh) if config.watch else None
+        self._watcher = Watcher(config.paths, self._repository.refresh) if config.watch else None
 
     def _announce(self) -> None:
         """Tell who asks for health that all is well, and of changes from now on."""

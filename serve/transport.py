@@ -5,12 +5,11 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
-import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from bundle.errors import BadInput
 from protos import inference_pb2 as pb
@@ -20,7 +19,7 @@ from serve.errors import StartError
 from serve.security import Tokens
 from serve.service import Metadata, Service, status
 
-log = structlog.get_logger()
+Answer = TypeVar("Answer")
 
 WINDOW = 64  # requests of one stream that are in work; more are not read
 RECEIVE_S = 60.0  # in which a request has to arrive
@@ -37,7 +36,7 @@ _OPTIONS = {
     "grpc.http2.min_ping_interval_without_data_ms": 10_000,  # clients that ping oftener are sent away
 }
 
-Context = grpc.aio.ServicerContext
+Context = Any  # grpc.aio.ServicerContext; grpcio is not typed
 
 
 class Transport:
@@ -111,8 +110,6 @@ class Transport:
         self._server = grpc.aio.server(options=list(options.items()))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (_SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
         self._server.add_generic_rpc_handlers((self._calls,))
         port = self._bind()
         await self._server.start()
@@ -143,6 +140,7 @@ class Transport:
                     call = self._unary(name, getattr(self._service, name), response)
                     made = grpc.unary_unary_rpc_method_handler(call, request.FromString, _serialize)
             handlers[f"/{_SERVICE.full_name}/{method.name}"] = made
+        handlers[f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"] = _reflection()
         return handlers
 
     def _unary(self, name: str, call: Callable[[Any], Any], response: type[Any]) -> Callable[[Any, Context], Any]:
@@ -150,7 +148,7 @@ class Transport:
             try:
                 return await asyncio.to_thread(call, request) if name in _BLOCKING else call(request)
             except Exception as error:
-                return _failed(error, context, response)
+                return _failed(error, context, response())
 
         return answer
 
@@ -164,7 +162,7 @@ class Transport:
                 raise BadInput("the call ended without a request; expected one.")
             return await self._answered(request, context.invocation_metadata(), deadline)
         except Exception as error:
-            return _failed(error, context, pb.ModelInferResponse)
+            return _failed(error, context, pb.ModelInferResponse())
 
     async def _answered(
         self, request: pb.ModelInferRequest, metadata: Metadata, deadline: float | None
@@ -207,7 +205,17 @@ class Transport:
                 finally:
                     await _dropped(reader, started)
         except Exception as error:
-            _failed(error, context, pb.ModelStreamInferResponse)
+            _failed(error, context, None)
+
+
+def _reflection() -> grpc.RpcMethodHandler:
+    """A call like the others, that needs a token where they do; health is open, and stands beside them."""
+    names = (_SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    return grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(names).ServerReflectionInfo,
+        reflection_pb2.ServerReflectionRequest.FromString,
+        reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
 
 
 class _Calls(grpc.GenericRpcHandler):  # type: ignore[misc]
@@ -229,18 +237,17 @@ class _Calls(grpc.GenericRpcHandler):  # type: ignore[misc]
 
 def _refusal(error: Exception) -> grpc.RpcMethodHandler:
     async def refuse(requests: AsyncIterator[bytes], context: Context) -> bytes:
-        _failed(error, context, bytes)
-        return b""
+        return _failed(error, context, b"")
 
     return grpc.stream_unary_rpc_method_handler(refuse)
 
 
-def _failed(error: Exception, context: Context, response: type[Any]) -> Any:
+def _failed(error: Exception, context: Context, empty: Answer) -> Answer:
     """Set the status of a call, whose answer is then empty; abort() would keep the request until a collection."""
     code, details = status(error)
     context.set_code(code)
     context.set_details(details)
-    return response()
+    return empty
 
 
 def _serialize(message: Any) -> bytes:
