@@ -124,7 +124,10 @@ class Repository:
             NotReady: there is, but it cannot be called.
         """
         if version and not VERSION.fullmatch(version):
-            raise BadInput(f"model version {version!r} is not a version; expected a positive integer, or none.")
+            raise BadInput(
+                f"failed to get model version from specified version string {version!r} (model: {name!r}); expected a "
+                "positive integer, or none."
+            )
         if "\0" in name:
             raise BadInput(f"model name {name!r} holds a NUL character; expected none.")
         versions = self._served.get(name, {})

@@ -259,11 +259,11 @@ MALFORMED = {
     },
     "other version": (request(version="2"), grpc.StatusCode.NOT_FOUND, "'echo' version 2 is not found"),
     **{
-        f"version {version!r}": (request(version=version), INVALID, f"model version {version!r} is not a version")
+        f"version {version!r}": (request(version=version), INVALID, f"specified version string {version!r}")
         for version in ("abc", "-1", "0", "01", "1.0", " 1", "+1", "1/../1", "9" * 19, "\u0661")
     },
     "NUL in the model name": (request("echo\0x"), INVALID, r"model name 'echo\x00x' holds a NUL character"),
-    "NUL in the version": (request(version="1\0"), INVALID, r"model version '1\x00' is not a version"),
+    "NUL in the version": (request(version="1\0"), INVALID, r"specified version string '1\x00'"),
     # parameters
     "reserved parameter": (with_parameter("triton_x", bool_param=True), INVALID, "parameter 'triton_x' is reserved"),
     "parameter without value": (with_parameter("mine"), INVALID, "parameter 'mine' has no value"),
