@@ -1,15 +1,21 @@
 import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from serve.client import Client
+from serve.config import ServeConfig
 from serve.metrics import Metrics, Traffic
 from serve.repository import IndexEntry, Served
 from serve.scheduler import Job, Policy, Scheduler
+from serve.server import start
 from serve.statistics import Statistics
+from tests.serve_bundles import identity
 
 TRITON = {
     "nv_inference_request_success": "counter",
@@ -215,3 +221,25 @@ def test_any_name_of_a_model_is_a_label():
     found = samples(Metrics(Repository([], (IndexEntry(name, "3", "READY"),))))
 
     assert found[of("edgeward_model_ready", model=name)] == 1
+
+
+def test_a_running_server_shows_what_it_answered(tmp_path):
+    """A call over gRPC is in the next scrape over HTTP, and the port goes with the server."""
+    (tmp_path / "same.onnx").write_bytes(identity(np.float32, [2]))
+    server = start(ServeConfig((tmp_path / "same.onnx",), port=0, http_port=0, device="cpu"))
+    address = f"http://127.0.0.1:{server.http_port}"
+    try:
+        with Client(server.address) as client:
+            client.infer("same", {"x": np.zeros(2, np.float32)})
+        with urlopen(f"{address}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        with urlopen(f"{address}/readyz", timeout=10) as answer:
+            assert answer.status == 200
+    finally:
+        server.stop()
+
+    assert 'nv_inference_request_success{model="same",version="1"} 1.0' in text
+    assert 'edgeward_request_seconds_count{model="same",stage="total",version="1"} 1.0' in text
+    assert "edgeward_bytes_in_flight 0.0" in text
+    with pytest.raises(URLError):
+        urlopen(f"{address}/livez", timeout=10)
