@@ -85,6 +85,10 @@ def _load_graph(place: Place, config: ServeConfig) -> ServedModel:
         graph = place.path.read_bytes()
         device, threads = choose_device(said, config.device), choose_threads(said, config.threads)
         session = Session(graph, device=device, threads=threads)
+    except DeviceUnavailable as error:
+        if not said.instance_group:
+            raise
+        raise ConfigRefused("config.pbtxt has an instance_group of KIND_GPU; no GPU can be used here.") from error
     except (OSError, ModelError) as error:
         raise ModelError(f"{place.path} cannot be served: {error}") from error
     policy = default_policy(config, joins=False, device=session.device, threads=session.threads)

@@ -262,7 +262,7 @@ class Repository:
     def _look(self) -> Layout:
         layout = find_places(self._config.paths, self._policy)
         self._failures = layout.failures
-        lines = {*layout.skipped, *(f"{failure.path}: {failure.error}" for failure in layout.failures)}
+        lines = {*layout.skipped, *(str(_located(failure.error, failure.path)) for failure in layout.failures)}
         for line in sorted(lines - self._told):
             log.warning("not served", because=line)
         self._told = lines

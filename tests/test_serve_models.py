@@ -1,17 +1,34 @@
-"""What serve finds below a path, under which names, and what it refuses to start with."""
+"""What a server serves of the paths that it is given, under which names, and what it refuses to start with."""
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
+from onnxruntime import get_available_providers
+from structlog.testing import capture_logs
 
 from bundle.errors import BadInput, BundleDamaged, ModelError
-from serve.errors import StartError, UnknownModel
-from serve.repository import load_repository
-from tests.serve_bundles import identity, write_image_bundle, write_text_bundle
+from serve.config import ServeConfig
+from serve.configuration import model_config
+from serve.errors import ConfigRefused, GateNotPassed, StartError, UnknownModel
+from serve.repository import Repository
+from tests.serve_bundles import identity, model_bytes, write_image_bundle, write_text_bundle
+
+
+def start(*paths, **options):
+    return Repository(ServeConfig(paths, device="cpu", threads=1, **options))
 
 
 def served(*paths, **options):
-    repository = load_repository(paths, device="cpu", threads=1, **options)
-    return [(model.name, model.version, model.platform) for model in repository]
+    models = [each.model for each in start(*paths, **options)]
+    return [(model.name, model.version, model.platform) for model in models]
+
+
+def write_graph(folder, config=None, graph=None):
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "model.onnx").write_bytes(graph or identity(np.float32, [None, 2]))
+    if config is not None:
+        (folder / "config.pbtxt").write_text(config)
+    return folder.parent
 
 
 def test_a_bundle_is_served_with_and_without_its_preprocessing(tmp_path):
@@ -30,41 +47,28 @@ def test_a_folder_of_bundles_is_served_whole(tmp_path):
     assert [name for name, *_ in served(tmp_path)] == ["mood", "mood.onnx", "colour", "colour.onnx"]
 
 
-def test_a_repository_is_served_with_every_version(tmp_path):
-    """NAME/VERSION/ may hold bundles or model.onnx files, side by side."""
-    write_text_bundle(tmp_path / "mood" / "1")
-    write_text_bundle(tmp_path / "mood" / "12", version=12)
-    (tmp_path / "plain" / "7").mkdir(parents=True)
-    (tmp_path / "plain" / "7" / "model.onnx").write_bytes(identity(np.float32, [None, 2]))
-
-    assert {(name, version) for name, version, _ in served(tmp_path)} == {
-        ("mood", 1),
-        ("mood.onnx", 1),
-        ("mood", 12),
-        ("mood.onnx", 12),
-        ("plain", 7),
-    }
-
-
 def test_a_plain_graph_is_served_under_its_file_name(tmp_path):
-    """A plain .onnx file is version 1 of its stem and says that no gate has seen it."""
+    """A plain .onnx file is version 1 of its stem, says that no gate has seen it, and joins no requests."""
     path = tmp_path / "echo.v2.onnx"
     path.write_bytes(identity(np.float32, [None, 2]))
 
-    [model] = load_repository([path], device="cpu", threads=1)
+    [one] = start(path, max_batch=8)
 
+    model = one.model
     assert (model.name, model.version, model.max_batch, model.facts) == ("echo.v2", 1, 0, {"gate": "ungated"})
+    assert model.key({"x": np.zeros((1, 2), np.float32)}) is None
 
 
 def test_the_highest_version_answers_unless_one_is_named(tmp_path):
-    """An empty version is the highest as a number, not as text."""
+    """An empty version is the highest as a number, not as text; what else is served is the policy's choice."""
     write_text_bundle(tmp_path / "mood" / "9", version=9)
     write_text_bundle(tmp_path / "mood" / "10", version=10)
-    repository = load_repository([tmp_path], device="cpu", threads=1)
+    repository = start(tmp_path, versions="all")
 
-    assert repository.find("mood", "").version == 10
-    assert repository.find("mood", "9").version == 9
+    assert repository.find("mood", "").model.version == 10
+    assert repository.find("mood", "9").model.version == 9
     assert repository.versions("mood") == [9, 10]
+    assert start(tmp_path).versions("mood") == [10]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_the_highest_version_answers_unless_one_is_named(tmp_path):
 )
 def test_a_name_or_version_that_is_not_served_is_said_so(tmp_path, name, version, error, words):
     """Unknown is told apart from impossible."""
-    repository = load_repository([write_text_bundle(tmp_path / "b")], device="cpu", threads=1)
+    repository = start(write_text_bundle(tmp_path / "b"))
 
     with pytest.raises(error, match=words.replace(".", r"\.")):
         repository.find(name, version)
@@ -97,7 +101,7 @@ def test_two_models_of_one_name_and_version_are_a_start_up_error(tmp_path):
     write_text_bundle(tmp_path / "b")
 
     with pytest.raises(StartError, match=r"/a and .*/b are both model 'mood' version 1"):
-        served(tmp_path)
+        start(tmp_path, versions="all")
 
 
 def test_a_bundle_in_another_version_s_folder_is_a_start_up_error(tmp_path):
@@ -108,23 +112,74 @@ def test_a_bundle_in_another_version_s_folder_is_a_start_up_error(tmp_path):
         served(tmp_path)
 
 
-def test_a_config_pbtxt_is_not_silently_ignored(tmp_path):
-    """A Triton model whose configuration would say more than its graph is refused."""
-    (tmp_path / "m" / "1").mkdir(parents=True)
-    (tmp_path / "m" / "1" / "model.onnx").write_bytes(identity(np.float32, [None, 2]))
-    (tmp_path / "m" / "config.pbtxt").write_text("max_batch_size: 8")
+LABELLED = """
+max_batch_size: 8
+input { name: "x" data_type: TYPE_FP32 dims: 2 format: FORMAT_NONE }
+output { name: "y" label_filename: "labels.txt" }
+dynamic_batching { max_queue_delay_microseconds: 500 priority_levels: 2 default_priority_level: 1 }
+instance_group { count: 3 kind: KIND_CPU }
+parameters { key: "intra_op_thread_count" value: { string_value: "2" } }
+parameters { key: "owner" value: { string_value: "us" } }
+"""
 
-    with pytest.raises(StartError, match=r"config\.pbtxt is not read yet"):
-        served(tmp_path)
+
+def test_a_config_pbtxt_is_done_as_it_says(tmp_path):
+    """Rows, joining, instances, threads and labels are the configuration's, and ModelConfig tells them."""
+    write_graph(tmp_path / "m", LABELLED)
+    (tmp_path / "m" / "labels.txt").write_text("no\nyes\n")
+
+    [one] = start(tmp_path, max_queue=9)
+
+    model, policy = one.model, one.model.policy
+    assert (model.max_batch, model.joins, model.threads, model.labels) == (8, True, 2, {"y": ("no", "yes")})
+    assert (policy.max_batch, policy.max_delay_s, policy.instances, policy.levels) == (8, 0.0005, 3, 2)
+    assert policy.max_queue == 9
+    config = model_config(model)
+    assert (config.name, config.max_batch_size, config.instance_group[0].count) == ("m", 8, 3)
+    assert config.dynamic_batching.max_queue_delay_microseconds == 500
+    assert (list(config.input[0].dims), config.output[0].label_filename) == ([2], "labels.txt")
+    assert config.parameters["owner"].string_value == "us"
+    assert config.parameters["gate"].string_value == "ungated"
+
+
+def test_a_graph_with_labels_from_config_but_no_file_does_not_start(tmp_path):
+    """A file of labels that is not there is named."""
+    write_graph(tmp_path / "m", LABELLED)
+
+    with pytest.raises(ConfigRefused, match=r"/m/1/model\.onnx: labels\.txt cannot be read"):
+        start(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("sequence_batching {}", r"/m: config\.pbtxt .*sequence_batching is not supported"),
+        ('input { name: "z" }', r"/m/1/model\.onnx: config\.pbtxt has input 'z'; the graph has 'x'"),
+        ("instance_group { kind: KIND_GPU }", r"/m/1/model\.onnx: config\.pbtxt has an instance_group of KIND_GPU"),
+    ],
+)
+def test_a_config_pbtxt_that_cannot_be_done_keeps_the_server_from_starting(tmp_path, config, words):
+    """The line names the place and the field."""
+    with pytest.raises(ConfigRefused, match=words):
+        start(write_graph(tmp_path / "m", config))
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in get_available_providers(), reason="there may be a GPU")
+def test_a_gpu_that_is_not_there_is_refused_by_the_field_that_asks_for_it(tmp_path):
+    """KIND_GPU on a server that may use one, where there is none, is not served from the CPU."""
+    write_graph(tmp_path / "m", "instance_group { kind: KIND_GPU }")
+
+    with pytest.raises(ConfigRefused, match="instance_group of KIND_GPU; no GPU can be used here"):
+        Repository(ServeConfig((tmp_path,), device="auto"))
 
 
 @pytest.mark.parametrize("version", ["0", "01", "-1", "v1", "1.5"])
 def test_a_version_folder_is_a_positive_integer(tmp_path, version):
-    """Other folders are an error, not another version by accident."""
+    """Of no other folder a server starts, and no other version is served by accident."""
     (tmp_path / "m" / version).mkdir(parents=True)
     (tmp_path / "m" / version / "model.onnx").write_bytes(identity(np.float32, [None, 2]))
 
-    with pytest.raises(StartError, match="is not a version"):
+    with pytest.raises(StartError, match="called by a positive integer"):
         served(tmp_path)
 
 
@@ -172,9 +227,9 @@ def test_require_gate_serves_what_passed(tmp_path, precision, verdict, gate):
     """An fp32 variant passes on parity; any other needs a gate that says PASS."""
     bundle = write_text_bundle(tmp_path / "b", precision=precision, verdict=verdict)
 
-    models = list(load_repository([bundle], device="cpu", threads=1, require_gate=True))
+    models = list(start(bundle, require_gate=True))
 
-    assert [model.facts["gate"] for model in models] == [gate, gate]
+    assert [each.model.facts["gate"] for each in models] == [gate, gate]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +240,7 @@ def test_require_gate_refuses_what_did_not_pass(tmp_path, precision, verdict):
     bundle = write_text_bundle(tmp_path / "b", precision=precision, verdict=verdict)
 
     assert served(bundle)
-    with pytest.raises(StartError, match=f"its gate is {verdict or 'ungated'}"):
+    with pytest.raises(GateNotPassed, match=f"its gate is {verdict or 'ungated'}"):
         served(bundle, require_gate=True)
 
 
@@ -194,5 +249,19 @@ def test_require_gate_refuses_a_plain_graph(tmp_path):
     path = tmp_path / "echo.onnx"
     path.write_bytes(identity(np.float32, [None, 2]))
 
-    with pytest.raises(StartError, match="its gate is ungated"):
+    with pytest.raises(GateNotPassed, match="its gate is ungated"):
         served(path, require_gate=True)
+
+
+def test_a_graph_that_zeros_do_not_fit_is_served(tmp_path):
+    """Warming up is no test: what it cannot run the first request runs."""
+    config = 'input { name: "x" }'
+    nodes = [helper.make_node("Reshape", ["x", "square"], ["y"])]
+    inputs, outputs = [("x", TensorProto.FLOAT, [None])], [("y", TensorProto.FLOAT, [2, 2])]
+    write_graph(tmp_path / "m", config, model_bytes(nodes, inputs, outputs, {"square": np.array([2, 2])}))
+
+    with capture_logs() as logs:
+        [one] = start(tmp_path)
+
+    assert [entry["event"] for entry in logs] == ["ungated model", "not warmed up", "loaded"]
+    assert one.model.infer({"x": np.arange(4, dtype=np.float32)})["y"].tolist() == [[0, 1], [2, 3]]
