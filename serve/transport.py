@@ -3,11 +3,12 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
@@ -15,11 +16,12 @@ from bundle.errors import BadInput
 from protos import inference_pb2 as pb
 from serve.admission import Admission
 from serve.config import ServeConfig
-from serve.errors import StartError
+from serve.errors import DeadlineExceeded, StartError
 from serve.security import Tokens
 from serve.service import Metadata, Service, status
 
 Answer = TypeVar("Answer")
+Call = Callable[[Any, Any], Awaitable[Any]]  # a request and its context -> the response
 
 WINDOW = 64  # requests of one stream that are in work; more are not read
 RECEIVE_S = 60.0  # in which a request has to arrive
@@ -130,39 +132,29 @@ class Transport:
         """By the path of each call."""
         handlers = {}
         for method in _SERVICE.methods:
-            request, response = getattr(pb, method.input_type.name), getattr(pb, method.output_type.name)
-            match method.name:
-                case "ModelInfer":  # as a stream of one, so that it is called before the request has arrived
-                    made = grpc.stream_unary_rpc_method_handler(self._infer, request.FromString, _serialize)
-                case "ModelStreamInfer":
-                    made = grpc.stream_stream_rpc_method_handler(self._stream, request.FromString, _serialize)
-                case name:
-                    call = self._unary(name, getattr(self._service, name), response)
-                    made = grpc.unary_unary_rpc_method_handler(call, request.FromString, _serialize)
-            handlers[f"/{_SERVICE.full_name}/{method.name}"] = made
+            name, kind, response = method.name, method.input_type.name, getattr(pb, method.output_type.name)
+            if name == "ModelStreamInfer":
+                made = grpc.stream_stream_rpc_method_handler(self._stream, _parser(kind), _serialize)
+            else:  # as a stream of one, so that it is called before the request has arrived
+                call = self._infer if name == "ModelInfer" else self._plain(name)
+                made = grpc.stream_unary_rpc_method_handler(_answering(call, response), _parser(kind), _serialize)
+            handlers[f"/{_SERVICE.full_name}/{name}"] = made
         handlers[f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"] = _reflection()
         return handlers
 
-    def _unary(self, name: str, call: Callable[[Any], Any], response: type[Any]) -> Callable[[Any, Context], Any]:
+    def _plain(self, name: str) -> Call:
+        """A call that needs its request alone."""
+        call = getattr(self._service, name)
+
         async def answer(request: Any, context: Context) -> Any:
-            try:
-                return await asyncio.to_thread(call, request) if name in _BLOCKING else call(request)
-            except Exception as error:
-                return _failed(error, context, response())
+            return await asyncio.to_thread(call, request) if name in _BLOCKING else call(request)
 
         return answer
 
-    async def _infer(self, requests: AsyncIterator[pb.ModelInferRequest], context: Context) -> pb.ModelInferResponse:
+    async def _infer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         left = context.time_remaining()
         deadline = None if left is None else time.monotonic() + left
-        try:
-            async with asyncio.timeout(RECEIVE_S):
-                request = await context.read()
-            if request is grpc.aio.EOF:
-                raise BadInput("the call ended without a request; expected one.")
-            return await self._answered(request, context.invocation_metadata(), deadline)
-        except Exception as error:
-            return _failed(error, context, pb.ModelInferResponse())
+        return await self._answered(request, context.invocation_metadata(), deadline)
 
     async def _answered(
         self, request: pb.ModelInferRequest, metadata: Metadata, deadline: float | None
@@ -202,6 +194,7 @@ class Transport:
                 try:
                     while (each := await started.get()) is not None:
                         yield await _streamed(*each, ends)
+                    await reader  # raises what ended it
                 finally:
                     await _dropped(reader, started)
         except Exception as error:
@@ -240,6 +233,42 @@ def _refusal(error: Exception) -> grpc.RpcMethodHandler:
         return _failed(error, context, b"")
 
     return grpc.stream_unary_rpc_method_handler(refuse)
+
+
+def _parser(kind: str) -> Callable[[bytes], Any]:
+    """Bytes -> a message."""
+    message = getattr(pb, kind)
+
+    def parse(data: bytes) -> Any:
+        try:
+            return message.FromString(data)
+        except DecodeError as error:
+            raise BadInput(f"the bytes are no {kind}; expected a message of inference.proto.") from error
+
+    return parse
+
+
+def _answering(call: Call, response: type[Any]) -> Callable[[AsyncIterator[Any], Context], Awaitable[Any]]:
+    """A handler that reads the one request of a call, and tells the client of every error by its status."""
+
+    async def answer(requests: AsyncIterator[Any], context: Context) -> Any:
+        try:
+            return await call(await _received(context), context)
+        except Exception as error:
+            return _failed(error, context, response())
+
+    return answer
+
+
+async def _received(context: Context) -> Any:
+    try:
+        async with asyncio.timeout(RECEIVE_S):
+            request = await context.read()
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"the request did not arrive within {RECEIVE_S:.0f} seconds.") from error
+    if request is grpc.aio.EOF:
+        raise BadInput("the call ended without a request; expected one.")
+    return request
 
 
 def _failed(error: Exception, context: Context, empty: Answer) -> Answer:

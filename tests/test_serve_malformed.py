@@ -414,11 +414,16 @@ def test_a_long_name_does_not_break_the_answer(stub):
 
 
 def test_bytes_that_are_no_message_are_refused(server):
-    """What cannot be parsed is INTERNAL by gRPC's own rule, and harms nobody."""
+    """What cannot be parsed is a bad request like others, on a stream as well, and harms nobody."""
     with grpc.insecure_channel(server.address) as channel:
         call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
 
-        assert refusal(call, b"\xff\xff\xff")[0] is grpc.StatusCode.INTERNAL
+        stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(iter([b"\xff\xff\xff"]))
+
+        assert refusal(call, b"\xff\xff\xff")[0] is INVALID
+        with pytest.raises(grpc.RpcError) as refused:
+            next(stream)
+        assert refused.value.code() is INVALID
         assert inference_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request()).model_name == "echo"
 
 
