@@ -16,6 +16,7 @@ from rich.table import Table
 from bundle.errors import BadInput
 from bundle.tensor import NUMPY_TYPES, TensorSpec, conform
 from edgeward.result import give
+from serve import logs
 from serve.client import Client
 from serve.config import ServeConfig
 from serve.server import serve as run_server
@@ -29,6 +30,7 @@ def serve(config: Annotated[ServeConfig, Parameter(name="*")]) -> None:
     Args:
         config: see ServeConfig.
     """
+    logs.configure(requests=config.log_requests)
     run_server(config)
 
 
