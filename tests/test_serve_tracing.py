@@ -4,6 +4,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -11,10 +12,15 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from bundle.errors import MissingExtra
+from protos import inference_pb2 as pb
+from protos import inference_pb2_grpc as rpc
 from serve import tracing
+from serve.config import ServeConfig
 from serve.errors import StartError
 from serve.queue import Times
+from serve.server import start
 from serve.tracing import OtlpTracer, Tracer
+from tests.serve_bundles import identity
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED = [("user-agent", "x"), ("traceparent", f"00-{TRACE}-{PARENT}-01"), ("some-bin", b"\0")]
@@ -200,3 +206,30 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch):
 
     with pytest.raises(MissingExtra, match=r"pip install 'edgeward\[tracing\]'"):
         importlib.import_module("serve.tracing")
+
+
+def test_a_running_server_traces_its_calls(receiver, tmp_path):
+    """A call with a traceparent in its metadata ends in the collector, with the stages that it went through."""
+    (tmp_path / "same.onnx").write_bytes(identity(np.float32, [1]))
+    config = ServeConfig((tmp_path / "same.onnx",), port=0, device="cpu", otlp=receiver.endpoint)
+    request = pb.ModelInferRequest(model_name="same", id="7", raw_input_contents=[b"\0\0\0\0"])
+    request.inputs.add(name="x", datatype="FP32", shape=[1])
+    server = start(config)
+    try:
+        with grpc.insecure_channel(server.address) as channel:
+            stub = rpc.GRPCInferenceServiceStub(channel)
+            stub.ModelInfer(request, metadata=SAMPLED[1:2], timeout=30)
+            request.model_name = "other"
+            with pytest.raises(grpc.RpcError):
+                stub.ModelInfer(request, metadata=SAMPLED[1:2], timeout=30)
+    finally:
+        server.stop()
+
+    calls = [span for span in receiver.spans if span.kind == span.SPAN_KIND_SERVER]
+    found = [{each.key: each.value for each in call.attributes} for call in calls]
+    assert sorted(span.name for span in receiver.spans if span not in calls) == ["decode", "encode", "queue", "run"]
+    assert [(each["edgeward.model"].string_value, each["rpc.grpc.status_code"].int_value) for each in found] == [
+        ("same", grpc.StatusCode.OK.value[0]),
+        ("other", grpc.StatusCode.NOT_FOUND.value[0]),
+    ]
+    assert {call.parent_span_id.hex() for call in calls} == {PARENT}
