@@ -93,6 +93,6 @@ def write_outputs(
             response.raw_output_contents.append(to_raw(array, datatype))
         else:
             response.raw_output_contents.append(b"")
-            size = each.part.write(to_raw(array, datatype) if datatype == "BYTES" else np.ascontiguousarray(array))
+            size = each.part.write(to_raw(array, datatype) if datatype == "BYTES" else np.ascontiguousarray(array).data)
             output.parameters["shared_memory_region"].string_param = each.part.region.name
             output.parameters["shared_memory_byte_size"].int64_param = size
