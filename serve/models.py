@@ -10,8 +10,9 @@ import numpy as np
 from bundle import preprocess
 from bundle.errors import BadInput, ModelError
 from bundle.host import cpu_count
+from bundle.manifest import Regression, Task
 from bundle.model import MAX_ROWS, Model, predict_logits
-from bundle.outputs import answer_specs, answers
+from bundle.outputs import answer_specs, answers, prefix
 from bundle.session import Session
 from bundle.tensor import NUMPY_TYPES, TensorSpec
 from protos import inference_pb2 as pb
@@ -152,6 +153,7 @@ def served_bundle(model: Model, source: Path, policy: Policy = ALONE) -> ServedM
         source=source,
         inputs=inputs,
         outputs=answer_specs(manifest.tasks),
+        labels=_labels(manifest.tasks),
         max_batch=MAX_BATCH,
         joins=model.variant.batch_invariant,
         policy=policy,
@@ -167,6 +169,7 @@ def bare_graph(model: Model, source: Path, policy: Policy = ALONE) -> ServedMode
     return ServedModel(
         name=f"{model.manifest.name}.onnx",
         version=model.manifest.version,
+        labels=_labels(model.manifest.tasks),
         joins=model.variant.batch_invariant,
         max_batch=MAX_BATCH,
         facts=_facts(model),
@@ -247,6 +250,12 @@ def _decoded(array: np.ndarray, name: str) -> np.ndarray:
         except UnicodeDecodeError as error:
             raise BadInput(f"input {name!r}, element {list(index)}: expected UTF-8, got {error.reason}.") from error
     return decoded
+
+
+def _labels(tasks: tuple[Task, ...]) -> dict[str, tuple[str, ...]]:
+    """Of the outputs that have a column for each."""
+    labelled = [(prefix(tasks, task), task.labels) for task in tasks if not isinstance(task, Regression)]
+    return {f"{name}{output}": labels for name, labels in labelled for output in ("score", "logits")}
 
 
 def _facts(model: Model) -> dict[str, str]:
