@@ -1,4 +1,6 @@
-"""The client: one exception class, one look-up of the input, arrays in and out."""
+"""Both clients and the server: one exception class, one look-up of the input, arrays in and out."""
+
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -6,36 +8,71 @@ import pytest
 
 from bundle.errors import BadInput, EdgewardError
 from bundle.tensor import TensorSpec
+from serve.calls import Class, Health
 from serve.client import Client
-from serve.errors import ServerError
+from serve.columns import MAX_BYTES, cut
 from serve.config import ServeConfig
+from serve.errors import ServerError
+from serve.region import Region
 from serve.server import start
+from tests.blocking import BlockingAioClient
 from tests.serve_bundles import identity, png, write_image_bundle, write_text_bundle
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    write_text_bundle(root / "b" / "mood")
-    write_image_bundle(root / "b" / "colour")
-    (root / "echo.onnx").write_bytes(identity(np.float32, [None, 2]))
-    server = start(ServeConfig(paths=(root / "b", root / "echo.onnx"), port=0, device="cpu", threads=1))
+    write_text_bundle(root / "mood" / "1")
+    write_image_bundle(root / "colour" / "1")
+    for name, dtype in (("echo", np.float32), ("words", object)):
+        (root / name / "1").mkdir(parents=True)
+        (root / name / "1" / "model.onnx").write_bytes(identity(dtype, [None, 2]))
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(models):
+    server = start(ServeConfig((models,), port=0, device="cpu", threads=1, admin=True, shared_memory=True))
     yield server
     server.stop(drain_s=0)
 
 
-@pytest.fixture(scope="module")
-def client(server):
-    with Client(server.address) as client:
+@pytest.fixture(scope="module", params=[Client, BlockingAioClient], ids=["sync", "asyncio"])
+def client(server, request):
+    with request.param(server.address) as client:
         yield client
 
 
-def test_ready_is_false_where_nobody_answers(server):
+@pytest.mark.parametrize("kind", [Client, BlockingAioClient])
+def test_ready_is_false_where_nobody_answers(kind):
     """A server that is not there is not ready, which is no error."""
-    with Client(server.address) as client:
-        assert client.ready()
-    with Client("127.0.0.1:1", timeout_s=30) as client:
+    with kind("127.0.0.1:1") as client:
         assert not client.ready()
+
+
+def test_server_and_models_are_ready(client):
+    """A model that is not served is not, which is no error either."""
+    assert client.ready()
+    assert client.ready("mood", "1")
+    assert not client.ready("other")
+    assert client.health("mood") is Health.SERVING
+
+
+def test_a_server_tells_about_itself(client):
+    """Metadata, configuration, index and statistics are the protocol's own messages."""
+    assert client.server_metadata().name == "edgeward"
+    assert client.config("mood").max_batch_size == 1024
+    assert ("echo", "1", "READY") in [(model.name, model.version, model.state) for model in client.index(ready=True)]
+    client.infer("words", {"x": np.array([["a", "b"]])})
+    assert client.statistics("words")[0].inference_count > 0
+
+
+def test_a_model_is_unloaded_and_loaded(client):
+    """By its name, and only then is it called again."""
+    client.unload("words")
+    assert not client.ready("words")
+    client.load("words")
+    assert client.ready("words")
 
 
 def test_metadata_is_read_into_our_own_types(client):
@@ -101,7 +138,118 @@ def test_a_refusal_is_one_exception_with_status_and_details(client, server):
 
 def test_no_server_is_the_same_exception():
     """UNAVAILABLE, with gRPC's own words."""
-    with Client("127.0.0.1:1") as client, pytest.raises(ServerError) as refused:
+    with Client("127.0.0.1:1", attempts=1) as client, pytest.raises(ServerError) as refused:
         client.predict("mood", ["text"])
 
     assert refused.value.code is grpc.StatusCode.UNAVAILABLE
+
+
+def test_many_examples_have_the_answers_of_each_alone(server):
+    """More than one request of the server may hold."""
+    texts = ["the film is good", "bad bad film", "", "né"] * 300
+    with Client(server.address, max_rows=100) as client:
+        alone = [client.predict("mood", [text])["score"][0] for text in texts[:4]]
+        together = client.predict("mood", texts)
+
+    assert together["label"].shape == (1200, 1)
+    np.testing.assert_allclose(together["score"], np.tile(alone, (300, 1)), rtol=0, atol=1e-6)
+
+
+def test_requests_are_cut_by_rows_and_by_bytes():
+    """A row that is larger than a request should be goes alone."""
+    large = np.array([[b"x" * (MAX_BYTES - 8)], [b"y"], [b"z"], [b"x" * MAX_BYTES], [b"y"]], object)
+
+    assert cut({"x": np.zeros((5, 3))}, 2) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert cut({"x": large}, 10) == [slice(0, 1), slice(1, 3), slice(3, 4), slice(4, 5)]
+    assert cut({"x": np.zeros((0, 3))}, 2) == [slice(0, 0)]
+    assert cut({"x": np.zeros((1, 3)), "y": np.zeros((4, 3))}, 2) == [slice(0, 4)]
+
+
+def test_the_best_classes_of_each_row(client):
+    """By value, with the index, and the label where the model has some; a plain graph has no rows."""
+    texts = ["the film is good", "bad"]
+    answer = client.predict("mood", texts)
+    classes = client.classify("mood", {"text": np.array([[text] for text in texts])}, "score", 2)
+
+    assert [len(row) for row in classes] == [2, 2]
+    assert [row[0].index for row in classes] == answer["score"].argmax(axis=1).tolist()
+    assert [row[0].label.encode() for row in classes] == answer["label"].ravel().tolist()
+    array = np.array([[0.5, 2], [3, -1]], np.float32)
+    assert client.classify("echo", {"x": array}, "y", 2) == [[Class(3, 2, None), Class(2, 1, None)]]
+
+
+def test_parameters_are_sent_in_their_own_types(client):
+    """The server refuses a priority that is no number."""
+    tensors = {"x": np.zeros((1, 2), np.float32)}
+    client.infer("echo", tensors, parameters={"priority": 1, "timeout": 10**7, "mine": True, "ratio": 0.5, "note": "a"})
+
+    with pytest.raises(ServerError, match="'priority'"):
+        client.infer("echo", tensors, parameters={"priority": "high"})
+
+
+def test_a_stream_is_answered_by_the_server(client):
+    """Raw examples, in their order; what cannot be used is an error in its place."""
+    answers = list(client.stream("mood", [["good"], [b"\xff"], ["bad", "film"]], outputs=["label"]))
+
+    assert [type(answer) for answer in answers] == [dict, ServerError, dict]
+    assert [answers[i]["label"].shape for i in (0, 2)] == [(1, 1), (2, 1)]
+
+
+def test_tensors_pass_in_shared_memory(client):
+    """Inputs without their bytes, outputs as views of the region, of numbers and of texts."""
+    with client.shared_memory(4096) as region:
+        sent, room = region.tensor((3, 2), np.float32), region.tensor((3, 2), np.float32)
+        for step in range(2):
+            sent.array[:] = np.arange(6).reshape(3, 2) + step
+            answer = client.infer("echo", {"x": sent}, into={"y": room})["y"]
+            np.testing.assert_array_equal(answer, sent.array)
+            assert np.shares_memory(answer, room.array)
+        words = region.put(np.array([["né", b"b"]], object))
+        answer = client.infer("words", {"x": words}, into={"y": region.tensor((64,), np.uint8)})
+        assert answer["y"].tolist() == [["né".encode(), b"b"]]
+        name = region.name
+
+    assert not Path("/dev/shm", name).exists()
+    with pytest.raises(ServerError) as refused:
+        client.infer("echo", {"x": sent})
+    assert refused.value.code is grpc.StatusCode.NOT_FOUND
+    assert answer["y"].tolist() == [["né".encode(), b"b"]]
+
+
+def test_nothing_is_left_of_shared_memory_that_the_server_refuses(models, client):
+    """A server that does not allow it has nothing to clean up, and neither has the client."""
+    server = start(ServeConfig((models / "echo" / "1" / "model.onnx",), port=0, device="cpu", threads=1))
+    before = set(Path("/dev/shm").glob("edgeward-*"))
+    try:
+        with Client(server.address) as other, pytest.raises(ServerError) as refused, other.shared_memory(64):
+            pass
+    finally:
+        server.stop(drain_s=0)
+    assert refused.value.code is grpc.StatusCode.UNIMPLEMENTED
+    assert set(Path("/dev/shm").glob("edgeward-*")) <= before
+
+
+def test_a_region_has_only_the_room_that_it_has():
+    """Tensors lie side by side until it is full, or cleared."""
+    region = Region(200)
+    region.remove_name()
+    first, second = region.put(np.arange(3, dtype=np.int8)), region.tensor((2,), np.float64)
+
+    assert (first.offset, second.offset) == (0, 64)
+    np.testing.assert_array_equal(first.array, [0, 1, 2])
+    with pytest.raises(BadInput, match="100 bytes do not fit: 72 of the region's 200 are left"):
+        region.tensor((100,), np.uint8)
+    region.clear()
+    assert region.tensor((200,), np.uint8).offset == 0
+    with pytest.raises(BadInput, match="complex64"):
+        region.tensor((1,), np.complex64)
+
+
+@pytest.mark.parametrize(("size", "error"), [(0, BadInput), (1 << 60, EdgewardError)])
+def test_memory_that_cannot_be_had_is_one_error(size, error):
+    """And leaves no name behind."""
+    before = set(Path("/dev/shm").glob("edgeward-*"))
+
+    with pytest.raises(error, match="bytes"):
+        Region(size)
+    assert set(Path("/dev/shm").glob("edgeward-*")) <= before
