@@ -68,13 +68,24 @@ def code_of(error: BaseException) -> grpc.StatusCode:
 
 
 def status(error: Exception) -> tuple[grpc.StatusCode, str]:
-    """What a client is told of an error. One that is not in the table is logged under an id, and only that is told."""
+    """What a client is told of an error, which then holds nothing of the request any more.
+
+    One that is not in the table is logged under an id, and only that is told.
+    """
     code = code_of(error)
     if code is not grpc.StatusCode.INTERNAL:
+        _release(error)
         return code, _cut(str(error))
     fault = secrets.token_hex(4)
     log.error("call failed", id=fault, exc_info=error)
+    _release(error)
     return grpc.StatusCode.INTERNAL, f"internal error {fault}; the server's log has its cause under this id."
+
+
+def _release(error: BaseException | None) -> None:
+    """Forget the frames: they hold the request, and its call holds the error, so both would stay until a collection."""
+    while error is not None:
+        error.__traceback__, error = None, error.__cause__ or error.__context__
 
 
 def _cut(details: str) -> str:
@@ -146,6 +157,7 @@ class Service:
     def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest) -> pb.RepositoryModelLoadResponse:
         """Load a model, or look whether there are new versions of it; blocks until it can be called."""
         _only_repository(request.repository_name)
+        self._only_admin("loading models")
         for key in request.parameters:
             raise NotSupported(f"load parameter {key!r} is not supported: a model is loaded as it lies on disk.")
         self._repository.load(request.model_name)
@@ -154,6 +166,7 @@ class Service:
     def RepositoryModelUnload(self, request: pb.RepositoryModelUnloadRequest) -> pb.RepositoryModelUnloadResponse:
         """Unload a model; blocks until the calls that it is answering have ended."""
         _only_repository(request.repository_name)
+        self._only_admin("unloading models")
         for key in request.parameters.keys() - {"unload_dependents"}:  # nothing depends on a model
             raise BadInput(f"unload parameter {key!r} is not known; expected unload_dependents or none.")
         self._repository.unload(request.model_name)
@@ -208,9 +221,13 @@ class Service:
 
     def LogSettings(self, request: pb.LogSettingsRequest) -> pb.LogSettingsResponse:
         """What is logged, after the changes that the request asks for."""
-        if request.settings and not self._config.admin:
-            raise PermissionDenied("log settings can be changed only where the server was started with --admin.")
+        if request.settings:
+            self._only_admin("changing log settings")
         return logs.log_settings(request)
+
+    def _only_admin(self, what: str) -> None:
+        if not self._config.admin:  # no other credential would help, as PERMISSION_DENIED would say
+            raise NotSupported(f"{what} is switched off; start the server with --admin.")
 
     @contextmanager
     def call(
