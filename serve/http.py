@@ -149,8 +149,6 @@ def _cut_off(request: Any) -> None:
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
     timeout = TIMEOUT_S
-    server_version = "edgeward"
-    sys_version = ""
     error_message_format = "%(message)s\n"
     error_content_type = _TEXT
 
@@ -192,6 +190,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def version_string(self) -> str:
+        return "edgeward"
 
     def log_message(self, format: str, *args: Any) -> None:
         """A probe every second is nothing to log."""
