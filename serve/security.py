@@ -89,7 +89,8 @@ def credentials(config: ServeConfig) -> grpc.ServerCredentials | None:
     """TLS as the config asks for it; None without it. A certificate that is replaced on disk is used from then on.
 
     Raises:
-        StartError: a file cannot be read, is not what it should be, does not match or has expired; it is named.
+        StartError: a file cannot be read, is not what it should be, does not match or has expired; it is named. Or
+            the options do not go together.
     """
     cert, key, authority = config.tls_cert, config.tls_key, config.tls_client_ca
     if cert is None and key is None and authority is None:
@@ -97,6 +98,10 @@ def credentials(config: ServeConfig) -> grpc.ServerCredentials | None:
     if cert is None or key is None:
         raise StartError(
             "TLS needs --tls-cert and --tls-key together; --tls-client-ca asks clients for theirs as well."
+        )
+    if config.socket is not None:  # a client would check the certificate for the path as the server's name
+        raise StartError(
+            "a Unix-domain socket takes no TLS, and needs none: leave out --socket, or the options of TLS."
         )
     paths = [cert, key, *([authority] if authority else [])]
     fresh = _Fresh(paths, lambda: _described(read_certificate(cert, key, authority)))

@@ -1,19 +1,29 @@
 """Who may call: certificates, tokens, and the socket that only its owner can open."""
 
 import contextlib
+import gc
 import os
+import queue
 import socket
 import subprocess
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from structlog.testing import capture_logs
 
+from protos import inference_pb2 as pb
+from protos import inference_pb2_grpc as rpc
 from serve.config import ServeConfig
 from serve.errors import PermissionDenied, StartError, Unauthenticated
 from serve.security import Tokens, credentials, private_socket, warn_exposed
+from serve.server import start
+from tests.serve_bundles import identity, png, write_image_bundle
 
 CALL = "/inference.GRPCInferenceService/"
 READER, ROTATED, ADMIN, STRANGER = ("reader-token-0001", "reader-token-0002", "admin-token-00001", "stranger-token-01")
@@ -122,12 +132,14 @@ def test_a_replaced_certificate_is_served_to_new_connections(pki, tmp_path):
 
 
 def test_no_tls_is_asked_for(pki):
-    """Without a certificate there are no credentials, and half of what TLS needs is an error."""
+    """Without a certificate there are no credentials; half of what TLS needs is an error, and TLS on a socket."""
     assert credentials(config()) is None
     with pytest.raises(StartError, match="together"):
         credentials(config(tls_cert=pki / "server.pem"))
     with pytest.raises(StartError, match="together"):
         credentials(config(tls_client_ca=pki / "authority.pem"))
+    with pytest.raises(StartError, match="takes no TLS"):
+        credentials(config(socket=Path("s"), tls_cert=pki / "server.pem", tls_key=pki / "server.key"))
 
 
 @pytest.mark.parametrize(
@@ -418,3 +430,183 @@ def test_a_path_that_no_socket_can_have_is_an_error(tmp_path):
     for path, says in [(Path("/tmp") / ("x" * 120), "107 bytes"), (tmp_path / "no" / "s", "not a folder")]:
         with pytest.raises(StartError, match=says), private_socket(path):
             pass
+
+
+# the whole server
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    write_image_bundle(root / "colour" / "1")
+    (root / "echo" / "1").mkdir(parents=True)
+    (root / "echo" / "1" / "model.onnx").write_bytes(identity(np.float32, [None, 2]))
+    return root
+
+
+@contextlib.contextmanager
+def serving(models, **options):
+    server = start(ServeConfig(paths=(models,), port=0, device="cpu", threads=1, **options))
+    try:
+        yield server
+    finally:
+        server.stop(drain_s=0)
+
+
+@contextlib.contextmanager
+def calling(server, channel_credentials=None):
+    options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+    address = server.address if server.address.startswith("unix:") else f"localhost:{server.port}"
+    if channel_credentials is None:
+        channel = grpc.insecure_channel(address, options)
+    else:
+        channel = grpc.secure_channel(address, channel_credentials, options)
+    with channel:
+        yield rpc.GRPCInferenceServiceStub(channel), channel
+
+
+def code(call, *arguments, **options):
+    """The status of a call; of a stream, after all its answers."""
+    try:
+        answer = call(*arguments, timeout=20, **options)
+        if isinstance(answer, grpc.Call):
+            list(answer)
+    except grpc.RpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+def numbers(rows):
+    request = pb.ModelInferRequest(model_name="echo", raw_input_contents=[bytes(8 * rows)])
+    request.inputs.add(name="x", datatype="FP32", shape=[rows, 2])
+    return request
+
+
+def picture(data):
+    request = pb.ModelInferRequest(model_name="colour", raw_input_contents=[len(data).to_bytes(4, "little") + data])
+    request.inputs.add(name="photo", datatype="BYTES", shape=[1, 1])
+    return request
+
+
+def test_a_server_with_tokens_answers_those_who_have_one(models, files):
+    """Every kind of call is refused without a token: unary, streams and reflection; probes are answered."""
+    known, stranger = {"metadata": [bearer(READER)]}, {"metadata": [bearer(STRANGER)]}
+    reflect = reflection_pb2.ServerReflectionRequest(list_services="")
+    with serving(models, **files) as server, calling(server) as (stub, channel):
+        health = health_pb2_grpc.HealthStub(channel)
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        for call, request in [
+            (stub.ModelInfer, numbers(1)),
+            (stub.ServerMetadata, pb.ServerMetadataRequest()),
+            (stub.ModelStreamInfer, iter([numbers(1)])),
+            (reflection.ServerReflectionInfo, iter([reflect])),
+        ]:
+            assert code(call, request) is grpc.StatusCode.UNAUTHENTICATED
+            assert code(call, request, **stranger) is grpc.StatusCode.UNAUTHENTICATED
+        assert code(stub.ModelInfer, numbers(1), **known) is grpc.StatusCode.OK
+        assert code(stub.ServerMetadata, pb.ServerMetadataRequest(), **known) is grpc.StatusCode.OK
+        assert code(stub.ModelStreamInfer, iter([numbers(1)]), **known) is grpc.StatusCode.OK
+        assert code(reflection.ServerReflectionInfo, iter([reflect]), **known) is grpc.StatusCode.OK
+        assert stub.ServerLive(pb.ServerLiveRequest()).live
+        assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_administration_needs_its_own_token_over_the_wire(models, files):
+    """A token for inference may call, but not unload."""
+    request = pb.RepositoryModelUnloadRequest(model_name="echo")
+    with serving(models, admin=True, **files) as server, calling(server) as (stub, _):
+        assert code(stub.RepositoryModelUnload, request) is grpc.StatusCode.UNAUTHENTICATED
+        assert code(stub.RepositoryModelUnload, request, metadata=[bearer(READER)]) is grpc.StatusCode.PERMISSION_DENIED
+        assert code(stub.ModelInfer, numbers(1), metadata=[bearer(READER)]) is grpc.StatusCode.OK
+        assert code(stub.RepositoryModelUnload, request, metadata=[bearer(ADMIN)]) is grpc.StatusCode.OK
+        assert code(stub.ModelInfer, numbers(1), metadata=[bearer(ADMIN)]) is grpc.StatusCode.UNAVAILABLE
+
+
+def test_administration_is_off_unless_asked_for(models):
+    """Loading, unloading and changing the log are not there, whoever asks; reading the index and the settings is."""
+    changes = pb.LogSettingsRequest()
+    changes.settings["log_info"].bool_param = False
+    with serving(models) as server, calling(server) as (stub, _):
+        for call, request in [
+            (stub.RepositoryModelLoad, pb.RepositoryModelLoadRequest(model_name="echo")),
+            (stub.RepositoryModelUnload, pb.RepositoryModelUnloadRequest(model_name="echo")),
+            (stub.LogSettings, changes),
+        ]:
+            assert code(call, request) is grpc.StatusCode.UNIMPLEMENTED
+        assert code(stub.LogSettings, pb.LogSettingsRequest()) is grpc.StatusCode.OK
+        assert code(stub.RepositoryIndex, pb.RepositoryIndexRequest()) is grpc.StatusCode.OK
+        assert "model_repository" not in stub.ServerMetadata(pb.ServerMetadataRequest()).extensions
+        assert code(stub.ModelInfer, numbers(1)) is grpc.StatusCode.OK
+
+
+def test_a_server_with_tls_and_tokens(models, files, pki):
+    """With mTLS a client needs both: a certificate to connect, a token to call."""
+    options = {"tls_cert": pki / "server.pem", "tls_key": pki / "server.key", "tls_client_ca": pki / "authority.pem"}
+    with serving(models, **options, **files) as server:
+        with calling(server, trust(pki, client="client")) as (stub, _):
+            assert code(stub.ModelInfer, numbers(1), metadata=[bearer(READER)]) is grpc.StatusCode.OK
+            assert code(stub.ModelInfer, numbers(1)) is grpc.StatusCode.UNAUTHENTICATED
+        with calling(server, trust(pki)) as (stub, _):
+            assert code(stub.ModelInfer, numbers(1), metadata=[bearer(READER)]) is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_server_on_a_socket(models, files, tmp_path):
+    """With tokens as on a port; the socket is gone when the server has stopped."""
+    path = tmp_path / "s"
+    with serving(models, socket=path, **files) as server:
+        with calling(server) as (stub, _):
+            assert code(stub.ModelInfer, numbers(1), metadata=[bearer(READER)]) is grpc.StatusCode.OK
+            assert code(stub.ModelInfer, numbers(1)) is grpc.StatusCode.UNAUTHENTICATED
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert not path.exists()
+
+
+def test_a_refused_message_is_not_read(models, files):
+    """Without a token the size of the message does not matter: nobody looks at it."""
+    with serving(models, max_message_bytes=1 << 20, **files) as server, calling(server) as (stub, _):
+        large = numbers(1 << 18)
+        assert code(stub.ModelInfer, large) is grpc.StatusCode.UNAUTHENTICATED
+        assert code(stub.ModelInfer, large, metadata=[bearer(READER)]) is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_message_that_inflates_beyond_the_limit_is_refused(models):
+    """What counts is the size after decompression; a small one is inflated and answered."""
+    gzip = {"compression": grpc.Compression.Gzip}
+    with serving(models, max_message_bytes=1 << 20) as server, calling(server) as (stub, _):
+        assert code(stub.ModelInfer, numbers(1 << 19), **gzip) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert code(stub.ModelInfer, numbers(1 << 10), **gzip) is grpc.StatusCode.OK
+
+
+def test_more_than_fits_is_refused_and_the_next_call_is_answered(models):
+    """Bytes and streams beyond the limits are RESOURCE_EXHAUSTED at once, and end nothing else."""
+    with serving(models, max_bytes=1 << 16, max_streams=1) as server, calling(server) as (stub, _):
+        assert code(stub.ModelInfer, numbers(1 << 14)) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert code(stub.ModelInfer, numbers(1)) is grpc.StatusCode.OK
+
+        requests = queue.SimpleQueue()
+        first = stub.ModelStreamInfer(iter(requests.get, None))
+        requests.put(numbers(1))
+        next(first)
+        assert code(stub.ModelStreamInfer, iter([numbers(1)])) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        requests.put(None)
+        assert list(first) == []
+        assert code(stub.ModelStreamInfer, iter([numbers(1)])) is grpc.StatusCode.OK
+
+
+def test_a_refused_example_is_not_kept(models):
+    """An error that is told holds nothing of its request, which would else stay until a garbage collection."""
+    with serving(models) as server, calling(server) as (stub, _):
+        assert code(stub.ModelInfer, picture(png("red"))) is grpc.StatusCode.OK
+        bad = picture(bytes(1 << 20))
+        gc.collect()
+        gc.disable()
+        tracemalloc.start()
+        try:
+            for _ in range(8):
+                assert code(stub.ModelInfer, bad) is grpc.StatusCode.INVALID_ARGUMENT
+            grown, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+            gc.enable()
+
+    assert grown < 3 << 20
