@@ -1,5 +1,6 @@
 """A service behind a socket: start, drain, stop."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -143,7 +144,7 @@ def start(config: ServeConfig) -> Server:
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. Call it in the main thread; a second signal is not caught.
+    """Serve until SIGTERM or SIGINT, then drain; a second one ends the process at once. Call it in the main thread.
 
     Raises:
         EdgewardError: see `start`.
@@ -155,21 +156,26 @@ def serve(config: ServeConfig) -> None:
 
 
 def _serve(config: ServeConfig) -> None:
-    stopping = threading.Event()
+    stopping, started = threading.Event(), False
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if stopping.is_set():
+            os._exit(128 + number)  # as the first process of a container, too, where no signal has a default action
         stopping.set()
-        for each, before in previous.items():
-            signal.signal(each, before)
+        if not started:
+            raise SystemExit(128 + number)
 
     heard = [each for each in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(each) is not signal.SIG_IGN]
-    previous = {each: signal.getsignal(each) for each in heard}
-    server = start(config)
-    for each in previous:
-        signal.signal(each, stop)
-    stopping.wait()
-    log.info("draining", address=server.address, drain_s=config.drain_s)
-    server.stop()
+    previous = {each: signal.signal(each, stop) for each in heard}
+    try:
+        server = start(config)
+        started = True
+        stopping.wait()
+        log.info("draining", address=server.address, drain_s=config.drain_s)
+        server.stop()
+    finally:
+        for each, before in previous.items():
+            signal.signal(each, before)
 
 
 def _tracer(config: ServeConfig) -> "OtlpTracer | None":

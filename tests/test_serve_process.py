@@ -98,6 +98,17 @@ def test_a_signal_lets_the_running_call_end_and_takes_no_new_one(slow, number):
         assert process.wait() == 0
 
 
+def test_a_second_signal_ends_the_process_at_once(slow):
+    """Whoever cannot wait for the drain need not send SIGKILL."""
+    with run_server(slow, 0) as process:
+        with grpc.insecure_channel(address_in(wait_for(process, "ready"))) as channel:
+            running_call(inference_pb2_grpc.GRPCInferenceServiceStub(channel), 1_000_000_000)
+            process.terminate()
+            wait_for(process, "draining")
+            process.terminate()
+        assert process.wait() == 128 + signal.SIGTERM
+
+
 def test_calls_that_outlast_the_drain_are_cut_off(slow):
     """After drain_s the client is told, not left waiting."""
     server = start(ServeConfig(paths=(slow,), port=0, device="cpu", threads=1, instances=2))
