@@ -3,7 +3,7 @@
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,9 @@ from bundle.errors import BadInput
 from bundle.tensor import NUMPY_TYPES, TensorSpec, conform
 from edgeward.result import give
 from serve import logs
+from serve.channel import Tls
 from serve.client import Client
+from serve.columns import Raws
 from serve.config import ServeConfig
 from serve.server import serve as run_server
 
@@ -47,23 +49,36 @@ def infer(
     inputs: Annotated[tuple[str, ...], Parameter(allow_leading_hyphen=True, validator=_check_inputs)],
     *,
     timeout_s: float = 30.0,
+    tls: bool = False,
+    tls_ca: Path | None = None,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    token_file: Path | None = None,
     json: bool = False,
 ) -> None:
     """Send raw examples to a running server.
 
     Args:
-        address: HOST:PORT.
+        address: HOST:PORT, or unix:PATH of a socket.
         model: name that it is served under.
         inputs: each the path of a file, "-" for stdin, or else the text itself. A model of two texts takes two inputs
             for each example. A model of vectors takes numbers with commas between them, files with such a line for
             each example, .npy files, and .npz files, of these the array of the input's name, their only one, or x. A
             model of tensors takes .npz files with an array for each input.
         timeout_s: of the call, in seconds.
+        tls: speak TLS; so do the options that follow. The public authorities are trusted unless --tls-ca is given.
+        tls_ca: PEM certificates of those who sign the server's.
+        tls_cert: PEM certificate chain to show to a server that asks for one; with --tls-key.
+        tls_key: PEM private key of it.
+        token_file: bearer token, in its first line that is neither empty nor a comment. It is sent over TLS, or to this
+            machine.
         json: give the answers as one JSON object.
     """
-    with Client(address, timeout_s=timeout_s) as client:
+    files = Tls(tls_ca, tls_cert, tls_key) if tls or tls_ca or tls_cert or tls_key else None
+    token = None if token_file is None else _first_token(token_file)
+    with Client(address, timeout_s=timeout_s, tls=files, token=token) as client:
         takes = client.metadata(model)
-        examples: Sequence[Any] | np.ndarray | Mapping[str, Any]
+        examples: Raws
         match takes.examples:
             case "vector":
                 examples, shown = _vectors(inputs, takes.inputs[0])
@@ -81,6 +96,14 @@ def infer(
     for row, value in enumerate(shown):
         table.add_row(value, *(_cell(array[row]) for array in answers.values()))
     give(answers, table, json=json)
+
+
+def _first_token(path: Path) -> str:
+    lines = (line.strip() for line in path.read_text(errors="replace").splitlines())
+    token = next((line for line in lines if line and not line.startswith("#")), None)
+    if token is None:
+        raise BadInput(f"{path} holds no token.")
+    return token
 
 
 def _raw(value: str) -> bytes:

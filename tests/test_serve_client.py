@@ -1,5 +1,6 @@
 """Both clients and the server: one exception class, one look-up of the input, arrays in and out."""
 
+import json
 from pathlib import Path
 
 import grpc
@@ -8,6 +9,7 @@ import pytest
 
 from bundle.errors import BadInput, EdgewardError
 from bundle.tensor import TensorSpec
+from edgeward.__main__ import run
 from serve.calls import Class, Health
 from serve.client import Client
 from serve.columns import MAX_BYTES, cut
@@ -16,7 +18,10 @@ from serve.errors import ServerError
 from serve.region import Region
 from serve.server import start
 from tests.blocking import BlockingAioClient
+from tests.certificates import write_certificates
 from tests.serve_bundles import identity, png, write_image_bundle, write_text_bundle
+
+TOKEN = "correct-horse-battery-staple"
 
 
 @pytest.fixture(scope="module")
@@ -253,3 +258,59 @@ def test_memory_that_cannot_be_had_is_one_error(size, error):
     with pytest.raises(error, match="bytes"):
         Region(size)
     assert set(Path("/dev/shm").glob("edgeward-*")) <= before
+
+
+@pytest.fixture
+def infer(monkeypatch, capsys):
+    """`edgeward infer`: its exit code, and the labels or what stderr says."""
+    monkeypatch.setattr("structlog.configure", lambda **kwargs: None)
+
+    def call(address, *options):
+        capsys.readouterr()
+        code = run(["infer", address, "mood", "the film is good", "--json", *map(str, options)])
+        out, err = capsys.readouterr()
+        return code, json.loads(out)["label"] if code == 0 else err
+
+    return call
+
+
+def test_the_command_proves_who_it_is(models, tmp_path, infer):
+    """TLS on both sides and a token; without one of them it is told why, in one line."""
+    files = write_certificates(tmp_path / "certificates")
+    tokens = tmp_path / "tokens"
+    tokens.write_text(f"# of the gateway\n\n{TOKEN}\n")
+    ca, cert, key = (files / name for name in ("ca.pem", "client.pem", "client.key"))
+    server = start(
+        ServeConfig(
+            (models / "mood",),
+            port=0,
+            device="cpu",
+            threads=1,
+            tls_cert=files / "server.pem",
+            tls_key=files / "server.key",
+            tls_client_ca=ca,
+            token_file=tokens,
+        )
+    )
+    mutual = ("--tls-ca", ca, "--tls-cert", cert, "--tls-key", key)
+    try:
+        answered = infer(server.address, *mutual, "--token-file", tokens)
+        no_token = infer(server.address, *mutual)
+        plain = infer("10.0.0.1:1", "--token-file", tokens)
+    finally:
+        server.stop(drain_s=0)
+
+    assert answered == (0, [["neither — é"]])
+    assert (no_token[0], no_token[1].count("\n"), "answered UNAUTHENTICATED" in no_token[1]) == (1, 1, True)
+    assert plain[0] == 1
+    assert "in plain text" in plain[1]
+    assert TOKEN not in plain[1]
+
+
+def test_the_command_asks_through_a_socket(models, tmp_path, infer):
+    """Of the unix domain, by its path."""
+    server = start(ServeConfig((models / "mood",), socket=tmp_path / "s", device="cpu", threads=1))
+    try:
+        assert infer(f"unix:{tmp_path}/s") == (0, [["neither — é"]])
+    finally:
+        server.stop(drain_s=0)
