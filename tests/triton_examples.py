@@ -511,9 +511,10 @@ EXAMPLES = {
     each.__name__: each
     for each in (
         infer, one_output, async_infer, cancel, client_timeout, string, shared_memory, shared_memory_string,
-        reuse_infer_objects, cuda_shared_memory, switched_off, health_metadata, model_control, sequence, sequence_stream,
-        stream, custom_args, keepalive, explicit_byte_content, explicit_int_content, explicit_int8_content, generated_stubs,
-        image, aio_infer, aio_health_metadata, aio_model_control, aio_stream, aio_shared_memory,
+        reuse_infer_objects, cuda_shared_memory, switched_off, health_metadata, model_control, sequence,
+        sequence_stream, stream, custom_args, keepalive, explicit_byte_content, explicit_int_content,
+        explicit_int8_content, generated_stubs, image, aio_infer, aio_health_metadata, aio_model_control,
+        aio_stream, aio_shared_memory,
     )
 }  # fmt: skip
 
