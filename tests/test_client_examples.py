@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from serve.client import Client
 from serve.server import ServeConfig, start
-from tests.serve_bundles import write_text_bundle
+from tests.certificates import write_certificates
+from tests.serve_bundles import identity, write_text_bundle
 
 CLIENTS = Path(__file__).parents[1] / "examples" / "clients"
 TEXT = "the film is né good"
@@ -83,3 +85,24 @@ def test_a_node_program_is_told_what_is_wrong(server, packages):
 
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "5 NOT_FOUND: Request for unknown model: 'other' is not found\n"
+
+
+def test_the_snippets_of_the_page_run(tmp_path):
+    """docs/clients.md, in its order, with the models and files that it speaks of."""
+    page = (CLIENTS.parents[1] / "docs" / "clients.md").read_text()
+    models, graph = tmp_path / "models", tmp_path / "models" / "adder" / "1"
+    write_text_bundle(models / "tweets" / "1", name="tweets")
+    graph.mkdir(parents=True)
+    (graph / "model.onnx").write_bytes(identity(np.float32, [None, 2]))
+    files = write_certificates(tmp_path / "certificates")
+    server = start(ServeConfig((models,), port=0, device="cpu", threads=1, shared_memory=True))
+    snippets = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    program = "\n".join(snippets).replace("127.0.0.1:8001", server.address)
+    try:
+        done = subprocess.run([sys.executable, "-c", program], cwd=files, capture_output=True, text=True)
+    finally:
+        server.stop(drain_s=0)
+
+    assert done.returncode == 0, done.stderr
+    assert "INVALID_ARGUMENT" in done.stdout
+    assert len(snippets) == 7
