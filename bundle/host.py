@@ -57,6 +57,13 @@ def _quota_v1(group: Path) -> float | None:
         return None
 
 
+def trim_memory() -> None:
+    """Give back what the C library keeps of freed memory: after a model was loaded or freed that can be half of it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim:
+        trim(0)
+
+
 def isa_class(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The instruction-set class that decides which int8 kernels run, and so how int8 rounds and saturates.
 

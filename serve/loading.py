@@ -1,6 +1,7 @@
 """A place on the disk -> models that can be called: verified, held to their gate and their config.pbtxt, warm."""
 
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 
 import numpy as np
 import structlog
@@ -24,6 +25,8 @@ from serve.errors import ConfigRefused, GateNotPassed, StartError
 from serve.layout import Place
 from serve.models import ServedModel, bare_graph, check_gate, default_policy, plain_graph, served_bundle
 from serve.pbtxt import choose_device, choose_threads, complete, queue_policy, read_labels
+from serve.scheduler import Scheduler
+from serve.statistics import Statistics
 
 log = structlog.get_logger()
 
@@ -39,6 +42,32 @@ _REASONS: dict[type[EdgewardError], str] = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Served:
+    """One version of a model that can be called, its queue and its counts."""
+
+    model: ServedModel
+    scheduler: Scheduler
+    statistics: Statistics
+    loaded_s: float  # how long loading took
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """What is served from one place: a bundle and its bare graph, or one graph."""
+
+    place: Place
+    served: tuple[Served, ...]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A place that is not served, and why."""
+
+    place: Place
+    error: Exception
+
+
 def reason(error: Exception) -> str:
     """Why a model was not loaded, in words that a client may read: no paths, nothing of the runtime's own."""
     if isinstance(error, ConfigRefused):
@@ -47,16 +76,34 @@ def reason(error: Exception) -> str:
     return known or "the server's log says why"
 
 
-def load_place(place: Place, config: ServeConfig) -> tuple[ServedModel, ...]:
-    """Everything that is served from one place, ready to be called.
+def load_place(place: Place, config: ServeConfig) -> Loaded | Refused:
+    """Verify and start everything that is served from one place, and say in the log how that went.
 
     Args:
         place: from serve.layout.
         config: of the server.
-
-    Raises:
-        EdgewardError: it cannot be served here, or may not be.
     """
+    start = time.perf_counter()
+    told = log.bind(model=place.name, version=place.version, path=str(place.path))
+    try:
+        models = _load(place, config)
+    except EdgewardError as error:
+        told.error("not loaded", because=str(error))
+        return Refused(place, error)
+    except Exception as error:  # of a library that a bundle's files are given to; the other models need not know
+        told.exception("not loaded")
+        return Refused(place, error)
+    loaded_s = time.perf_counter() - start
+    told.info("loaded", device=models[0].device, gate=models[0].facts["gate"], seconds=round(loaded_s, 3))
+    return Loaded(place, tuple(_served(model, loaded_s) for model in models))
+
+
+def _served(model: ServedModel, loaded_s: float) -> Served:
+    statistics = Statistics()
+    return Served(model, Scheduler(model, model.policy, statistics), statistics, loaded_s)
+
+
+def _load(place: Place, config: ServeConfig) -> tuple[ServedModel, ...]:
     models = _load_bundle(place, config) if place.is_bundle else (_load_graph(place, config),)
     if config.require_gate:
         check_gate(models[0])

@@ -4,55 +4,23 @@ import gc
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import structlog
 
-from bundle.errors import BadInput, EdgewardError
+from bundle.errors import BadInput
+from bundle.host import trim_memory
 from serve.config import ServeConfig
 from serve.errors import Closed, ConfigRefused, LoadFailed, NotReady, StartError, UnknownModel
+from serve.index import IndexEntry, make_index
 from serve.layout import VERSION, Failure, Layout, Place, find_places, parse_versions
-from serve.loading import load_place, reason
-from serve.models import ServedModel
-from serve.scheduler import Scheduler
-from serve.statistics import Statistics
+from serve.loading import Loaded, Refused, Served, load_place, reason
+
+__all__ = ["IndexEntry", "Repository", "Served", "open_repository"]
 
 log = structlog.get_logger()
 
 Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True, eq=False)
-class Served:
-    """One version of a model that can be called, its queue and its counts."""
-
-    model: ServedModel
-    scheduler: Scheduler
-    statistics: Statistics
-    loaded_s: float  # how long loading took
-
-
-@dataclass(frozen=True)
-class IndexEntry:
-    """What became of one version of a model."""
-
-    name: str
-    version: str  # empty where there is none yet
-    state: Literal["READY", "UNAVAILABLE", "LOADING", "UNLOADING"]
-    reason: str = ""  # for clients; also of a version that is served while its new files were refused
-
-
-@dataclass(frozen=True, eq=False)
-class _Loaded:
-    place: Place
-    served: tuple[Served, ...]  # a bundle and its bare graph, or one graph
-
-
-@dataclass(frozen=True)
-class _Refused:
-    place: Place
-    error: Exception
 
 
 class Repository:
@@ -77,11 +45,11 @@ class Repository:
         self._policy = parse_versions(config.versions)
         self._changing = threading.Lock()
         self._served: Mapping[str, Mapping[int, Served]] = {}  # never changed in place, nor is the next
-        self._loaded: Mapping[str, Mapping[int, _Loaded]] = {}  # by the name of the bundle or graph
-        self._refused: dict[tuple[str, int], _Refused] = {}
-        self._unloaded: dict[str, tuple[tuple[str, int], ...]] = {}  # by a client, with what was served
-        self._draining: dict[_Loaded, threading.Thread] = {}
-        self._loading: Place | None = None
+        self._loaded: Mapping[str, Mapping[int, Loaded]] = {}  # by the name of the bundle or graph
+        self._refused: dict[tuple[str, int], Refused] = {}
+        self._unloaded: dict[str, list[Place]] = {}  # by a client, with what was served
+        self._draining: dict[threading.Thread, Loaded] = {}
+        self._loading: list[Place] = []
         self._failures: Sequence[Failure] = ()
         self._told: set[str] = set()  # what was logged of the disk as it is
         self._closed = False
@@ -90,13 +58,14 @@ class Repository:
 
     def _open(self) -> None:
         layout = self._look()
-        for failure in layout.failures:
-            raise _located(failure.error, failure.path)
+        if layout.failures:
+            raise _located(layout.failures[0].error, layout.failures[0].path)
         if not layout.places:
             raise StartError("there is nothing to serve. Give at least one bundle, folder of bundles or .onnx file.")
         for name, places in _by_name(layout.places).items():
-            for refused in self._update(name, places, ()):
-                raise _located(refused.error, refused.place.path)
+            refused = self._update(name, places, ())
+            if refused:
+                raise _located(refused[0].error, refused[0].place.path)
 
     def __iter__(self) -> Iterator[Served]:
         """Of what can be called."""
@@ -164,28 +133,15 @@ class Repository:
                     raise
 
     def index(self) -> list[IndexEntry]:
-        """Every version that is served, was refused, unloaded, or is on its way, by name and version."""
-        entries: dict[tuple[str, str], IndexEntry] = {}
-
-        def put(names: Sequence[str], version: object, state: str, why: str = "") -> None:
-            for name in names:
-                entries[name, str(version)] = IndexEntry(name, str(version), state, why)  # type: ignore[arg-type]
-
-        refused = {(name, one.place.version): one for one in list(self._refused.values()) for name in one.place.names}
-        for failure in self._failures:
-            put([failure.name], "", "UNAVAILABLE", reason(failure.error))
-        for (name, version), one in refused.items():
-            put([name], version, "UNAVAILABLE", reason(one.error))
-        for name, version in [pair for pairs in list(self._unloaded.values()) for pair in pairs]:
-            put([name], version, "UNAVAILABLE", "unloaded")
-        for loaded in list(self._draining):
-            put(loaded.place.names, loaded.place.version, "UNLOADING")
-        if (loading := self._loading) is not None:
-            put(loading.names, loading.version, "LOADING")
-        for served in self:
-            name, version = served.model.name, served.model.version
-            put([name], version, "READY", reason(refused[name, version].error) if (name, version) in refused else "")
-        return [entries[key] for key in sorted(entries, key=lambda key: (key[0], int(key[1] or 0)))]
+        """Every version that is served, was refused or unloaded, or is on its way, by name and version."""
+        return make_index(
+            served=self,
+            loading=list(self._loading),
+            draining=[loaded.place for loaded in list(self._draining.values())],
+            unloaded=[place for places in list(self._unloaded.values()) for place in places],
+            refused=list(self._refused.values()),
+            failures=self._failures,
+        )
 
     def refresh(self) -> None:
         """Look at the disk again.
@@ -214,15 +170,17 @@ class Repository:
         with self._changing:
             layout = self._look()
             places = [place for place in layout.places if name in place.names]
-            for failure in layout.failures:
-                if failure.name == name:
-                    raise LoadFailed(f"failed to load {name!r}: {reason(failure.error)}")
+            failure = next((failure for failure in layout.failures if failure.name == name), None)
+            if failure:
+                raise LoadFailed(f"failed to load {name!r}: {reason(failure.error)}")
             if not places:
                 raise UnknownModel(f"failed to load {name!r}: no such model is in the repository")
             self._unloaded.pop(places[0].name, None)
             self._forget(places[0].name)
-            for refused in self._update(places[0].name, places, layout.failures):
-                raise LoadFailed(f"failed to load {name!r}, version {refused.place.version}: {reason(refused.error)}")
+            refused = self._update(places[0].name, places, layout.failures)
+            if refused:
+                version, why = refused[0].place.version, reason(refused[0].error)
+                raise LoadFailed(f"failed to load {name!r}, version {version}: {why}")
 
     def unload(self, name: str) -> None:
         """Take a model away and wait until its calls have ended. `refresh` leaves it unloaded, `load` brings it back.
@@ -232,13 +190,12 @@ class Repository:
         """
         with self._changing:
             bundle = name if name in self._loaded else name.removesuffix(".onnx")
-            versions = self._loaded.get(bundle, {})
-            pairs = tuple((each, version) for version in versions for each in versions[version].place.names)
-            if name not in {each for each, _ in pairs}:
+            places = [loaded.place for loaded in self._loaded.get(bundle, {}).values()]
+            if not any(name in place.names for place in places):
                 if any(entry.name == name for entry in self.index()):
                     return  # it is not loaded
                 raise UnknownModel(f"failed to unload {name!r}: no such model is in the repository")
-            self._unloaded[bundle] = pairs
+            self._unloaded[bundle] = places
             self._forget(bundle)
             drains = self._publish(bundle, {})
         for drain in drains:
@@ -255,7 +212,7 @@ class Repository:
         for versions in self._loaded.values():
             for loaded in versions.values():
                 self._retire(loaded, drain_s)
-        for drain in list(self._draining.values()):
+        for drain in list(self._draining):
             drain.join()
         return not self._cut_off
 
@@ -271,52 +228,34 @@ class Repository:
     def _forget(self, name: str) -> None:
         self._refused = {key: refused for key, refused in self._refused.items() if key[0] != name}
 
-    def _update(self, name: str, places: Sequence[Place], failures: Sequence[Failure]) -> list[_Refused]:
-        """Serve these versions of a model, and where one is refused keep those there were. Returns the refused."""
+    def _update(self, name: str, places: Sequence[Place], failures: Sequence[Failure]) -> list[Refused]:
+        """Serve these versions of a model; where one is refused, or cannot be looked at, keep all there were."""
         current = self._loaded.get(name, {})
-        before = {key: refused for key, refused in self._refused.items() if key[0] == name}
+        outcomes = [self._take(place, current.get(place.version)) for place in places]
+        refused = [each for each in outcomes if isinstance(each, Refused)]
         self._forget(name)
-        new: dict[int, _Loaded] = {}
-        refused: list[_Refused] = []
-        for place in places:
-            old = before.get((name, place.version))
-            have = current.get(place.version)
-            if have is not None and _same(have.place, place):
-                new[place.version] = have
-            elif old is not None and _same(old.place, place):
-                refused.append(old)
-            else:
-                got = self._load(place)
-                if isinstance(got, _Refused):
-                    refused.append(got)
-                else:
-                    new[place.version] = got
         self._refused |= {(name, each.place.version): each for each in refused}
-        for version, have in current.items():
-            if refused or any(have.place.path.is_relative_to(failure.path) for failure in failures):
-                new.setdefault(version, have)
+        new = {each.place.version: each for each in outcomes if isinstance(each, Loaded)}
+        for version, loaded in current.items():
+            if refused or any(loaded.place.path.is_relative_to(failure.path) for failure in failures):
+                new.setdefault(version, loaded)
         if not self._closed:
             self._publish(name, new)
         return refused
 
-    def _load(self, place: Place) -> "_Loaded | _Refused":
-        self._loading = place
-        start = time.perf_counter()
+    def _take(self, place: Place, current: Loaded | None) -> Loaded | Refused:
+        """What is at a place: as it is known, or loaded if its files are others."""
+        before = self._refused.get((place.name, place.version))
+        for known in (current, before):
+            if known and (known.place.path, known.place.stamp) == (place.path, place.stamp):
+                return known
+        self._loading.append(place)
         try:
-            models = load_place(place, self._config)
-        except EdgewardError as error:
-            log.error("not loaded", model=place.name, version=place.version, path=str(place.path), because=str(error))
-            return _Refused(place, error)
-        except Exception as error:
-            log.exception("not loaded", model=place.name, version=place.version, path=str(place.path))
-            return _Refused(place, error)
+            return load_place(place, self._config)
         finally:
-            self._loading = None
-        loaded_s = time.perf_counter() - start
-        log.info("loaded", model=place.name, version=place.version, device=models[0].device, seconds=round(loaded_s, 3))
-        return _Loaded(place, tuple(_served(model, loaded_s) for model in models))
+            self._loading.clear()
 
-    def _publish(self, name: str, new: Mapping[int, _Loaded]) -> list[threading.Thread]:
+    def _publish(self, name: str, new: Mapping[int, Loaded]) -> list[threading.Thread]:
         """Swap the versions of a model in one step, and drain those that are no longer served."""
         old = self._loaded.get(name, {})
         self._loaded = {key: versions for key, versions in {**self._loaded, name: new}.items() if versions}
@@ -326,29 +265,24 @@ class Repository:
         kept = set(new.values())
         return [self._retire(loaded, self._config.drain_s) for loaded in old.values() if loaded not in kept]
 
-    def _retire(self, loaded: _Loaded, drain_s: float) -> threading.Thread:
-        thread = threading.Thread(
-            target=self._drain, args=(loaded, drain_s), name=f"drain-{loaded.place.name}", daemon=True
-        )
-        self._draining[loaded] = thread
+    def _retire(self, loaded: Loaded, drain_s: float) -> threading.Thread:
+        thread = threading.Thread(target=self._drain, args=(drain_s,), name=f"drain-{loaded.place.name}", daemon=True)
+        self._draining[thread] = loaded
         thread.start()
         return thread
 
-    def _drain(self, loaded: _Loaded, drain_s: float) -> None:
-        deadline = time.monotonic() + drain_s
-        place = loaded.place
-        for served in loaded.served:
-            if not served.scheduler.close(max(0.0, deadline - time.monotonic())):
-                self._cut_off = True
-                log.warning("calls cut off", model=served.model.name, version=place.version, drain_s=drain_s)
-        log.info("unloaded", model=place.name, version=place.version)
-        del self._draining[loaded]
+    def _drain(self, drain_s: float) -> None:
+        thread = threading.current_thread()
+        if not _close(self._draining[thread], drain_s):
+            self._cut_off = True
+        del self._draining[thread]  # and with it the session
+        trim_memory()
 
 
 def open_repository(config: ServeConfig) -> Repository:
     """Find, load and self-test everything below the paths of a server.
 
-    What is there afterwards is for good, and the garbage collector need not go through it again.
+    What is there afterwards stays, and the garbage collector need not go through it again.
 
     Raises:
         EdgewardError: a path holds nothing that can be served, or something on it cannot be loaded or may not be.
@@ -356,12 +290,17 @@ def open_repository(config: ServeConfig) -> Repository:
     repository = Repository(config)
     gc.collect()
     gc.freeze()
+    trim_memory()
     return repository
 
 
-def _served(model: ServedModel, loaded_s: float) -> Served:
-    statistics = Statistics()
-    return Served(model, Scheduler(model, model.policy, statistics), statistics, loaded_s)
+def _close(loaded: Loaded, drain_s: float) -> bool:
+    """Whether all calls ended in time."""
+    deadline = time.monotonic() + drain_s
+    closed = [served.scheduler.close(max(0.0, deadline - time.monotonic())) for served in loaded.served]
+    level = log.info if all(closed) else log.warning
+    level("unloaded", model=loaded.place.name, version=loaded.place.version, all_calls_ended=all(closed))
+    return all(closed)
 
 
 def _by_name(places: Sequence[Place]) -> dict[str, list[Place]]:
@@ -371,16 +310,12 @@ def _by_name(places: Sequence[Place]) -> dict[str, list[Place]]:
     return named
 
 
-def _by_version(loaded: Mapping[str, Mapping[int, _Loaded]]) -> dict[str, dict[int, Served]]:
+def _by_version(loaded: Mapping[str, Mapping[int, Loaded]]) -> dict[str, dict[int, Served]]:
     served: dict[str, dict[int, Served]] = {}
     for one in [one for versions in loaded.values() for one in versions.values()]:
         for each in one.served:
             served.setdefault(each.model.name, {})[each.model.version] = each
     return served
-
-
-def _same(one: Place, other: Place) -> bool:
-    return (one.path, one.stamp) == (other.path, other.stamp)
 
 
 def _located(error: Exception, path: object) -> Exception:
