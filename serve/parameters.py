@@ -14,7 +14,7 @@ _TYPES = {  # of parameters that mean something; any other key is the client's o
     "sequence_id": (*_INTEGER, "string_param"),
     "sequence_start": ("bool_param",),
     "sequence_end": ("bool_param",),
-    "triton_enable_empty_final_response": ("bool_param",),
+    "triton_enable_empty_final_response": ("bool_param",),  # without effect: every request has one response
     "classification": _INTEGER,
     "shared_memory_region": ("string_param",),
     "shared_memory_offset": _INTEGER,
@@ -32,12 +32,10 @@ class RequestOptions:
     Attributes:
         priority: 1 is the highest; 0: the model's default.
         timeout_s: in the queue; None: the model's default.
-        empty_final_response: whether a stream ends its answers with an empty one.
     """
 
     priority: int = 0
     timeout_s: float | None = None
-    empty_final_response: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,11 +80,7 @@ def read_request(parameters: Parameters) -> RequestOptions:
         if key in ("sequence_id", "sequence_start", "sequence_end") and value:
             raise NotSupported(f"parameter {key!r}: sequences are not supported.")
     timeout = _natural(values, "timeout")
-    return RequestOptions(
-        priority=_natural(values, "priority"),
-        timeout_s=timeout / 1e6 if timeout else None,
-        empty_final_response=bool(values.get("triton_enable_empty_final_response", False)),
-    )
+    return RequestOptions(priority=_natural(values, "priority"), timeout_s=timeout / 1e6 if timeout else None)
 
 
 def read_input(parameters: Parameters, where: str) -> TensorOptions:
