@@ -52,7 +52,7 @@ def configure(*, json: bool | None = None, requests: bool = False) -> None:
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             *(_for_machines() if json or (json is None and not terminal) else _for_people(terminal)),
         ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),  # a line and its end in one write: processes share it
     )
     logging.basicConfig(handlers=[_Library()], level=logging.WARNING)
 

@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 import structlog
 
 from bundle.host import cpu_count
+from serve import logs
 from serve.config import ServeConfig
 from serve.errors import StartError
 
@@ -80,6 +81,7 @@ def _share(config: ServeConfig, port: int, i: int) -> ServeConfig:
 
 def _run(serve: Callable[[ServeConfig], None], config: ServeConfig) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all; the first process tells the others
+    logs.configure(requests=config.log_requests)
     serve(config)
 
 

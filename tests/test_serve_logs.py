@@ -1,5 +1,7 @@
 import json
 import logging
+import os
+import subprocess
 import sys
 
 import grpc
@@ -11,6 +13,19 @@ from protos import inference_pb2 as pb
 from serve import logs
 from serve.errors import NotSupported
 from serve.queue import Times
+
+PROCESS = """
+import sys
+import structlog
+from serve.config import ServeConfig
+from serve.processes import _run
+
+def serve(config):
+    for number in range(4000):
+        structlog.get_logger().info("ready", server=sys.argv[1], number=number)
+
+_run(serve, ServeConfig(()))
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -197,3 +212,16 @@ def test_a_setting_without_a_value_is_refused():
 
     with pytest.raises(BadInput, match="'log_info' has no value"):
         logs.log_settings(request)
+
+
+def test_the_processes_of_a_server_log_alike():
+    """Several processes on one stderr write whole JSON lines each, as one process does."""
+    reader, writer = os.pipe()
+    servers = [subprocess.Popen([sys.executable, "-c", PROCESS, name], stderr=writer) for name in ("first", "second")]
+    os.close(writer)
+    with open(reader) as file:
+        lines = [json.loads(line) for line in file]
+    assert [server.wait(60) for server in servers] == [0, 0]
+
+    for name in ("first", "second"):
+        assert [line["number"] for line in lines if line["server"] == name] == list(range(4000))
