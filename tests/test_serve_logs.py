@@ -3,6 +3,7 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -21,7 +22,7 @@ from serve.config import ServeConfig
 from serve.processes import _run
 
 def serve(config):
-    for number in range(4000):
+    for number in range(20):
         structlog.get_logger().info("ready", server=sys.argv[1], number=number)
 
 _run(serve, ServeConfig(()))
@@ -63,6 +64,18 @@ def test_a_line_is_one_json_object_where_stderr_is_no_terminal(log, capsys):
     line = json.loads(capsys.readouterr().err)
     assert line.pop("timestamp").endswith("Z")
     assert line == {"event": "ready", "level": "info", "address": "127.0.0.1:1", "models": ["a:1"]}
+
+
+def test_a_line_and_its_end_are_one_write(log, monkeypatch):
+    """Processes that share stderr do not write into each other's lines."""
+    written = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None, isatty=lambda: False))
+    logs.configure()
+    log.info("ready")
+    log.info("stopped")
+
+    assert [json.loads(each)["event"] for each in written] == ["ready", "stopped"]
+    assert all(each.endswith("\n") for each in written)
 
 
 def test_a_terminal_gets_lines_for_people(log, capsys, monkeypatch):
@@ -215,7 +228,7 @@ def test_a_setting_without_a_value_is_refused():
 
 
 def test_the_processes_of_a_server_log_alike():
-    """Several processes on one stderr write whole JSON lines each, as one process does."""
+    """Each of several processes writes JSON lines to stderr, as one process does."""
     reader, writer = os.pipe()
     servers = [subprocess.Popen([sys.executable, "-c", PROCESS, name], stderr=writer) for name in ("first", "second")]
     os.close(writer)
@@ -224,4 +237,4 @@ def test_the_processes_of_a_server_log_alike():
     assert [server.wait(60) for server in servers] == [0, 0]
 
     for name in ("first", "second"):
-        assert [line["number"] for line in lines if line["server"] == name] == list(range(4000))
+        assert [line["number"] for line in lines if line["server"] == name] == list(range(20))
