@@ -1,22 +1,28 @@
 import os
 import queue
+import shutil
 import threading
 
 import pytest
 
+from serve.config import ServeConfig
 from serve.reload import Watcher
+from serve.repository import Repository
+from tests.serve_bundles import write_text_bundle
 
 PATIENCE_S = 20.0  # until a test gives up; what it waits for comes in a fraction of a second
 
 
 class Looks:
-    """Stands in for Repository.refresh: counts, and can be made to do something."""
+    """Counts the looks at the disk, and can be made to do something before and after it counts."""
 
     def __init__(self):
         self.made = queue.Queue()
+        self.before = lambda: None
         self.then = lambda: None
 
     def __call__(self):
+        self.before()
         self.made.put(threading.current_thread())
         self.then()
 
@@ -189,3 +195,53 @@ def test_looks_come_one_after_another(tmp_path, watch, looks):
     assert thread is not threading.current_thread()
     assert watcher.stop(PATIENCE_S)
     assert not thread.is_alive()
+
+
+@pytest.fixture
+def repository(tmp_path, watch, looks):
+    """One that serves version 1 of a bundle and is watched."""
+    write_text_bundle(tmp_path / "mood" / "1")
+    repository = Repository(ServeConfig((tmp_path,), device="cpu", threads=1))
+    looks.before = repository.refresh
+    watch(tmp_path)
+    yield repository
+    assert repository.close(PATIENCE_S)
+
+
+def index(repository):
+    return {entry.version: (entry.state, entry.reason) for entry in repository.index() if entry.name == "mood"}
+
+
+def test_new_version_is_served(tmp_path, repository, looks):
+    """What is renamed into place is found, loaded and served without a word from anybody."""
+    write_text_bundle(tmp_path / "mood" / "2", version=2)
+    while repository.versions("mood") != [2]:
+        looks.wait()
+
+
+def test_incomplete_version_waits(tmp_path, repository, looks):
+    """A bundle that is copied file by file is served when its last file is there, and not a word is said before."""
+    whole = write_text_bundle(tmp_path.parent / f"{tmp_path.name}-whole", version=2)
+    folder = tmp_path / "mood" / "2"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("manifest.sha256"))
+    looks.wait()
+    assert index(repository) == {"1": ("READY", "")}
+
+    shutil.copy(whole / "manifest.sha256", folder)
+    while repository.versions("mood") != [2]:
+        looks.wait()
+
+
+def test_bad_version_is_refused_and_may_be_mended(tmp_path, repository, looks):
+    """A damaged version leaves the old one serving and says why; when its files are put right it is served."""
+    beside = write_text_bundle(tmp_path / ".mended", version=2)
+    bad = shutil.copytree(beside, tmp_path / ".bad")
+    (bad / "model.onnx").write_bytes(b"no graph")
+    bad.rename(tmp_path / "mood" / "2")
+    while index(repository).get("2", ("", ""))[0] != "UNAVAILABLE":
+        looks.wait()
+    assert repository.versions("mood") == [1]
+
+    shutil.copy(beside / "model.onnx", tmp_path / "mood" / "2")
+    while repository.versions("mood") != [2]:
+        looks.wait()
