@@ -66,7 +66,7 @@ class _Fresh(Generic[T]):
             self._stamp = self._look()  # before reading, so that what changes meanwhile is read next time
             self.value = self._read()
         except StartError as error:
-            log.error("changed file not used", error=str(error), remains="what was read before it changed")
+            log.error("changed file not used", because=str(error), remains="what was read before")
             return False
         finally:
             self._lock.release()
@@ -221,21 +221,20 @@ def _digest(token: str) -> bytes:
 
 def _warn_if_readable(path: Path) -> None:
     if path.stat().st_mode & stat.S_IROTH:
-        log.warning("secret readable by everybody", path=str(path), try_=f"chmod o-rwx {path}")
+        log.warning("secret readable by everybody", path=str(path), remedy=f"chmod o-rwx {path}")
 
 
 def warn_exposed(config: ServeConfig) -> None:
     """Log what others on the network can do: call without a token or certificate, or read tokens on their way."""
     if config.socket is not None or _is_loopback(config.host):
         return
-    known = config.token_file or config.tls_client_ca
-    if not known:
-        log.warning("everybody in the network can call", host=config.host, try_="--token-file or --tls-client-ca")
-    if config.tls_cert is None:
-        what = "tokens and data" if config.token_file or config.admin_token_file else "data"
-        log.warning(f"{what} cross the network in plain text", host=config.host, try_="--tls-cert and --tls-key")
+    if not (config.token_file or config.tls_client_ca):
+        log.warning("anybody in the network may call", host=config.host, remedy="--token-file or --tls-client-ca")
     if config.admin and not (config.admin_token_file or config.tls_client_ca):
-        log.warning("everybody in the network can load and unload models", host=config.host, try_="--admin-token-file")
+        log.warning("anybody in the network may load and unload models", host=config.host, remedy="--admin-token-file")
+    if config.tls_cert is None:
+        tokens = bool(config.token_file or config.admin_token_file)
+        log.warning("plain text in the network", host=config.host, tokens=tokens, remedy="--tls-cert and --tls-key")
 
 
 def _is_loopback(host: str) -> bool:

@@ -362,11 +362,11 @@ def test_what_the_network_can_do_is_said_at_the_start(tmp_path):
     assert exposed() == []
     assert exposed(host="::1", admin=True) == []
     assert exposed(host="0.0.0.0", socket=some) == []
-    assert exposed(host="0.0.0.0") == ["everybody in the network can call", "data cross the network in plain text"]
-    assert exposed(host="::", token_file=some) == ["tokens and data cross the network in plain text"]
+    assert exposed(host="0.0.0.0") == ["anybody in the network may call", "plain text in the network"]
+    assert exposed(host="::", token_file=some) == ["plain text in the network"]
     assert exposed(host="0.0.0.0", token_file=some, tls_cert=some, tls_key=some) == []
     assert exposed(host="0.0.0.0", tls_cert=some, tls_key=some, tls_client_ca=some, admin=True) == []
-    assert "everybody in the network can load and unload models" in exposed(host="0.0.0.0", admin=True)
+    assert "anybody in the network may load and unload models" in exposed(host="0.0.0.0", admin=True)
 
 
 @contextlib.contextmanager
