@@ -3,7 +3,6 @@ import logging
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -69,7 +68,7 @@ def test_a_line_is_one_json_object_where_stderr_is_no_terminal(log, capsys):
 def test_a_line_and_its_end_are_one_write(log, monkeypatch):
     """Processes that share stderr do not write into each other's lines."""
     written = []
-    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None, isatty=lambda: False))
+    monkeypatch.setattr(sys.stderr, "write", written.append)
     logs.configure()
     log.info("ready")
     log.info("stopped")
