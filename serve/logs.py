@@ -63,7 +63,9 @@ def _for_machines() -> list[Processor]:
 
 def _for_people(colors: bool) -> list[Processor]:
     # repr, because a client chooses its request's id: a newline in it would begin a line that nobody wrote
-    return [structlog.dev.ConsoleRenderer(colors=colors, repr_native_str=True)]
+    # and a plain traceback, because rich's shows the variables of every frame: inputs, and the metadata with its token
+    plain = structlog.dev.plain_traceback
+    return [structlog.dev.ConsoleRenderer(colors=colors, repr_native_str=True, exception_formatter=plain)]
 
 
 def _wanted(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:

@@ -237,3 +237,18 @@ def test_the_processes_of_a_server_log_alike():
 
     for name in ("first", "second"):
         assert [line["number"] for line in lines if line["server"] == name] == list(range(20))
+
+
+@pytest.mark.parametrize("json", [True, False])
+def test_the_line_of_a_fault_shows_no_variables(capsys, json):
+    """The frames of a failed call hold its inputs and its token."""
+    logs.configure(json=json)
+    metadata = [("authorization", "Bearer reader-token-0001")]
+    try:
+        raise RuntimeError(f"a fault, {len(metadata)} header")
+    except RuntimeError as error:
+        structlog.get_logger().error("call failed", exc_info=error)
+
+    shown = capsys.readouterr().err
+    assert "a fault, 1 header" in shown
+    assert "reader-token" not in shown
