@@ -111,3 +111,9 @@ class ServerError(EdgewardError):
         super().__init__(f"{address} answered {code.name}: {details}")
         self.code = code
         self.details = details
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Drop the frames of an error that is kept, and of its causes: all that their variables name would be kept, too."""
+    while error is not None:
+        error.__traceback__, error = None, error.__cause__ or error.__context__

@@ -21,7 +21,7 @@ from bundle.session import Session
 from bundle.tensor import NUMPY_TYPES, TensorSpec
 from protos import inference_pb2 as pb
 from serve.config import ServeConfig
-from serve.errors import ConfigRefused, GateNotPassed, StartError
+from serve.errors import ConfigRefused, GateNotPassed, StartError, forget_frames
 from serve.layout import Place
 from serve.models import ServedModel, bare_graph, check_gate, default_policy, plain_graph, served_bundle
 from serve.pbtxt import choose_device, choose_threads, complete, queue_policy, read_labels
@@ -89,13 +89,16 @@ def load_place(place: Place, config: ServeConfig) -> Loaded | Refused:
         models = _load(place, config)
     except EdgewardError as error:
         told.error("not loaded", because=str(error))
-        return Refused(place, error)
+        refused = Refused(place, error)
     except Exception as error:  # of a library that a bundle's files are given to; the other models need not know
         told.exception("not loaded")
-        return Refused(place, error)
-    loaded_s = time.perf_counter() - start
-    told.info("loaded", device=models[0].device, gate=models[0].facts["gate"], seconds=round(loaded_s, 3))
-    return Loaded(place, tuple(_served(model, loaded_s) for model in models))
+        refused = Refused(place, error)
+    else:
+        loaded_s = time.perf_counter() - start
+        told.info("loaded", device=models[0].device, gate=models[0].facts["gate"], seconds=round(loaded_s, 3))
+        return Loaded(place, tuple(_served(model, loaded_s) for model in models))
+    forget_frames(refused.error)  # which hold the session
+    return refused
 
 
 def _served(model: ServedModel, loaded_s: float) -> Served:

@@ -28,6 +28,7 @@ from serve.errors import (
     PermissionDenied,
     Unauthenticated,
     UnknownModel,
+    forget_frames,
 )
 from serve.inference import Inference, Outcome
 from serve.repository import Repository
@@ -74,18 +75,12 @@ def status(error: Exception) -> tuple[grpc.StatusCode, str]:
     """
     code = code_of(error)
     if code is not grpc.StatusCode.INTERNAL:
-        _release(error)
+        forget_frames(error)
         return code, _cut(str(error))
     fault = secrets.token_hex(4)
     log.error("call failed", id=fault, exc_info=error)
-    _release(error)
+    forget_frames(error)
     return grpc.StatusCode.INTERNAL, f"internal error {fault}; the server's log has its cause under this id."
-
-
-def _release(error: BaseException | None) -> None:
-    """Forget the frames: they hold the request, and its call holds the error, so both would stay until a collection."""
-    while error is not None:
-        error.__traceback__, error = None, error.__cause__ or error.__context__
 
 
 def _cut(details: str) -> str:

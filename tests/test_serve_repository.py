@@ -1,7 +1,6 @@
 """What happens to a server's models while it runs: swapped, refused, unloaded, and never out of reach in between."""
 
 import gc
-import inspect
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from bundle.errors import BadInput
+from bundle.session import Session
 from bundle.store import DIGEST, MANIFEST, digest_line
 from serve.config import ServeConfig
 from serve.errors import Closed, LoadFailed, NotReady, UnknownModel
@@ -412,29 +412,52 @@ def test_loading_what_fails_leaves_what_is_served(tmp_path):
     assert repository.versions("m") == [1]
 
 
-def test_a_session_is_freed_when_its_version_is_gone(tmp_path):
-    """Without the garbage collector's help, which does not go through what was loaded at the start."""
+@pytest.fixture
+def sessions(monkeypatch):
+    """Every session that is alive; the garbage collector, which does not go through what was there first, is off."""
+    alive, begin = weakref.WeakSet(), Session.__init__
+
+    def remember(session, *args, **options):
+        alive.add(session)
+        begin(session, *args, **options)
+
+    monkeypatch.setattr(Session, "__init__", remember)
+    gc.disable()
+    yield alive
+    gc.enable()
+
+
+def test_a_session_is_freed_when_its_version_is_gone(tmp_path, sessions):
+    """Of a bundle and of a graph, after calls were made."""
     write_text_bundle(tmp_path / "mood" / "1")
     write_graph(tmp_path / "m" / "1")
+    sessions.clear()  # of the bundle's writer
     repository = start(tmp_path)
-    sessions = [
-        weakref.ref(inspect.getclosurevars(repository.find("m", "").model.run).nonlocals["session"]),
-        weakref.ref(inspect.getclosurevars(repository.find("mood", "").model.run).nonlocals["model"].session),
-    ]
     repository.call("m", "", call := Call({"x": X}))
     call.answer()
-    gc.collect()
-    gc.disable()
-    try:
-        write_text_bundle(tmp_path / "mood" / "2", version=2)
-        write_graph(tmp_path / "m" / "2")
-        repository.refresh()
-        drain(repository)
-        alive = [session for session in sessions if session() is not None]
-    finally:
-        gc.enable()
+    old = list(map(weakref.ref, sessions))
+    write_text_bundle(tmp_path / "mood" / "2", version=2)
+    write_graph(tmp_path / "m" / "2")
 
-    assert not alive
+    repository.refresh()
+    drain(repository)
+
+    assert len(old) == 2
+    assert [each() for each in old] == [None, None]
+
+
+def test_what_was_refused_is_freed(tmp_path, sessions):
+    """Its error is kept for the index, but not the session in whose loading it was raised."""
+    write_text_bundle(tmp_path / "mood" / "1")
+    repository = start(tmp_path, require_gate=True)
+    fail_the_gate(tmp_path / "mood" / "2")
+    write_graph(tmp_path / "m" / "1")
+    sessions.clear()
+
+    repository.refresh()
+
+    assert len(reasons(repository)) == 3
+    assert not sessions
 
 
 def test_changes_from_several_threads_are_made_one_after_the_other(tmp_path):
