@@ -56,6 +56,13 @@ def read_inputs(
     return arrays
 
 
+def shared_bytes(request: pb.ModelInferRequest) -> int:
+    """The bytes that a request takes beside its message: of inputs in shared memory, as it claims them."""
+    key = "shared_memory_byte_size"
+    sizes = [tensor.parameters[key] for tensor in request.inputs if key in tensor.parameters]
+    return sum(max(size.int64_param, size.uint64_param, 0) for size in sizes)
+
+
 def _place(tensor: Tensor) -> Place | None:
     return read_input(tensor.parameters, f"input {tensor.name!r}").place
 

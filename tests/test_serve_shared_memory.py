@@ -4,13 +4,19 @@ import os
 import threading
 import uuid
 
+import grpc
 import numpy as np
 import pytest
 
 from bundle.errors import BadInput
+from protos import inference_pb2 as pb
+from protos import inference_pb2_grpc
 from serve import shared_memory
+from serve.config import ServeConfig
 from serve.errors import AlreadyExists, LimitReached, NotFound, NotSupported
+from serve.server import start
 from serve.shared_memory import FOLDER, Regions
+from tests.serve_bundles import identity
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs /dev/shm")
 SIZE = 64
@@ -265,6 +271,39 @@ def test_threads_register_one_name_once(regions, key):
     assert sorted(got) == sorted(map(str, range(20)))
     regions.unregister("")
     assert _descriptors() == before
+
+
+def test_bytes_in_shared_memory_count_as_bytes_in_work(tmp_path, key):
+    """A short message that claims more of it than the server may have in work is refused, and the next is answered."""
+    (tmp_path / "echo.onnx").write_bytes(identity(np.float32, [None]))
+    os.truncate(FOLDER / key[1:], 8 << 20)  # it takes no memory until it is read
+    config = ServeConfig(
+        paths=(tmp_path / "echo.onnx",), port=0, device="cpu", threads=1, shared_memory=True, max_bytes=1 << 20
+    )
+    server = start(config)
+    try:
+        with grpc.insecure_channel(server.address) as channel:
+            stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+            stub.SystemSharedMemoryRegister(
+                pb.SystemSharedMemoryRegisterRequest(name="r", key=key, offset=0, byte_size=8 << 20)
+            )
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.ModelInfer(_in_region(8 << 20))
+            answer = stub.ModelInfer(_in_region(64))
+    finally:
+        server.stop(drain_s=0)
+
+    assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "are in work" in refused.value.details()  # not the client's own limit, which the answer would exceed
+    assert answer.raw_output_contents[0] == bytes(range(64))
+
+
+def _in_region(size):
+    request = pb.ModelInferRequest(model_name="echo")
+    sent = request.inputs.add(name="x", datatype="FP32", shape=[size // 4])
+    sent.parameters["shared_memory_region"].string_param = "r"
+    sent.parameters["shared_memory_byte_size"].int64_param = size
+    return request
 
 
 def _descriptors():
