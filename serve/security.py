@@ -8,6 +8,7 @@ import socket
 import stat
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,6 +127,9 @@ class Tokens:
     """Bearer tokens of the clients; both files are read again when they change.
 
     Of a token only its SHA-256 is kept, and every known one is compared, in constant time.
+
+    Attributes:
+        refused: calls since the start, by why: unauthenticated, permission_denied.
     """
 
     def __init__(self, config: ServeConfig) -> None:
@@ -139,6 +143,7 @@ class Tokens:
         self._inference = _tokens(config.token_file)
         self._admin = _tokens(config.admin_token_file)
         self._checked = time.monotonic()
+        self.refused: Counter[str] = Counter()
 
     def check(self, method: str, metadata: Sequence[tuple[str, str | bytes]]) -> None:
         """Whether a call may be made. Calls of health and liveness always may; what nobody knows needs a token.
@@ -159,8 +164,10 @@ class Tokens:
         if token and self._admin and _is_known(token, self._admin.value):
             return
         if not token or not (self._inference and _is_known(token, self._inference.value)):
+            self.refused["unauthenticated"] += 1
             raise Unauthenticated("the call needs a valid token, as metadata `authorization: Bearer TOKEN`.")
         if needed is self._admin:
+            self.refused["permission_denied"] += 1
             raise PermissionDenied("the token is valid for inference; this call needs one for administration.")
 
     def _refresh(self) -> None:

@@ -246,6 +246,20 @@ def test_calls_of_administration_need_an_admin_token(files, name):
     assert outcome(tokens, name) is Unauthenticated
 
 
+def test_refused_calls_are_counted_by_why(files):
+    """For the metrics; calls that are allowed are not counted."""
+    tokens = Tokens(config(**files, admin=True))
+    for name, *metadata in [
+        ("ModelInfer",),
+        ("ModelInfer", bearer(STRANGER)),
+        ("RepositoryModelLoad", bearer(READER)),
+        ("RepositoryModelLoad", bearer(ADMIN)),
+    ]:
+        outcome(tokens, name, *metadata)
+
+    assert tokens.refused == {"unauthenticated": 2, "permission_denied": 1}
+
+
 def test_probes_need_no_token_and_unknown_calls_do(files):
     """Health and liveness are open, since probes have no token; whatever is not listed as open is not."""
     tokens = Tokens(config(**files))
