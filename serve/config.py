@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from bundle.session import Device
 
@@ -18,6 +19,9 @@ class ServeConfig:
     """Port to listen on; 0 takes any that is free."""
     socket: Path | None = None
     """Unix-domain socket to listen on instead of host and port."""
+    transport: Literal["auto", "completion-queue", "asyncio"] = "auto"
+    """How gRPC is spoken: on its completion queue, which is faster, or by its asyncio server. auto takes the first
+    where the installed grpcio has it, and logs which."""
     http_port: int | None = None
     """Port for /metrics, /livez and /readyz, on the same host; 0 takes any that is free. By default there is none."""
     device: Device = "auto"

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from serve import security
+from serve import completion_queue, security, transport
 from serve.admission import Admission
 from serve.config import ServeConfig
+from serve.errors import StartError
 from serve.http import HttpPort
 from serve.metrics import Metrics, Traffic
 from serve.processes import serve_many
@@ -20,7 +21,6 @@ from serve.reload import Watcher
 from serve.repository import open_repository
 from serve.service import Service
 from serve.shared_memory import Regions
-from serve.transport import Transport
 
 if TYPE_CHECKING:
     from serve.tracing import OtlpTracer
@@ -62,7 +62,7 @@ class Server:
             regions = Regions(enabled=config.shared_memory)
             self._service = Service(config, self._repository, regions, self._tracer)
             with _address(config) as address:
-                self._transport = Transport(
+                self._transport = _transport(config)(
                     config,
                     self._service,
                     address=address,
@@ -184,6 +184,16 @@ def _tracer(config: ServeConfig) -> "OtlpTracer | None":
     from serve.tracing import OtlpTracer  # needs an extra
 
     return OtlpTracer(config.otlp)
+
+
+def _transport(config: ServeConfig) -> type[completion_queue.Transport] | type[transport.Transport]:
+    missing = None if config.transport == "asyncio" else completion_queue.missing()
+    if missing and config.transport == "completion-queue":
+        raise StartError(f"{missing}. Start with --transport asyncio, which needs only what is public of grpcio.")
+    chosen = "asyncio" if missing or config.transport == "asyncio" else "completion-queue"
+    if config.transport == "auto":
+        log.info("transport chosen", transport=chosen, **({"because": missing} if missing else {}))
+    return transport.Transport if chosen == "asyncio" else completion_queue.Transport
 
 
 @contextmanager

@@ -8,35 +8,19 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from bundle.errors import BadInput
 from protos import inference_pb2 as pb
+from serve import wire
 from serve.admission import Admission
 from serve.config import ServeConfig
-from serve.errors import DeadlineExceeded, StartError
+from serve.inputs import shared_bytes
 from serve.security import Tokens
 from serve.service import Metadata, Service, status
 
 Answer = TypeVar("Answer")
 Call = Callable[[Any, Any], Awaitable[Any]]  # a request and its context -> the response
-
-WINDOW = 64  # requests of one stream that are in work; more are not read
-RECEIVE_S = 60.0  # in which a request has to arrive
-_SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
-_BLOCKING = {"RepositoryModelLoad", "RepositoryModelUnload"}  # all others answer from memory
-_ENDS = "triton_grpc_error"  # metadata: an error ends the stream, as its status
-_OPTIONS = {
-    "grpc.max_concurrent_streams": 1024,  # of a connection; more calls wait at the client
-    "grpc.max_allowed_incoming_connections": 1024,
-    "grpc.server_handshake_timeout_ms": 10_000,
-    "grpc.keepalive_time_ms": 60_000,  # a peer that is gone is found within 80 seconds, not two hours
-    "grpc.keepalive_timeout_ms": 20_000,
-    "grpc.keepalive_permit_without_calls": 1,
-    "grpc.http2.min_ping_interval_without_data_ms": 10_000,  # clients that ping oftener are sent away
-}
 
 Context = Any  # grpc.aio.ServicerContext; grpcio is not typed
 
@@ -102,14 +86,7 @@ class Transport:
         self._loop.close()
 
     async def _listen(self) -> int:
-        limit = self._config.max_message_bytes
-        options = {
-            "grpc.so_reuseport": int(self._config.processes > 1),  # else a port that is taken is an error
-            "grpc.max_receive_message_length": limit,
-            "grpc.max_send_message_length": limit,
-            **_OPTIONS,
-        }
-        self._server = grpc.aio.server(options=list(options.items()))
+        self._server = grpc.aio.server(options=wire.options(self._config))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._server.add_generic_rpc_handlers((self._calls,))
@@ -123,23 +100,20 @@ class Transport:
                 return int(self._server.add_insecure_port(self._address))
             return int(self._server.add_secure_port(self._address, self._credentials))
         except RuntimeError as error:
-            raise StartError(
-                f"{self._address} cannot be bound: the port is taken, or not allowed, or the host is not this "
-                "machine's. Choose another --port; 0 takes any that is free."
-            ) from error
+            raise wire.not_bound(self._address) from error
 
     def _handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """By the path of each call."""
         handlers = {}
-        for method in _SERVICE.methods:
+        for method in wire.SERVICE.methods:
             name, kind, response = method.name, method.input_type.name, getattr(pb, method.output_type.name)
             if name == "ModelStreamInfer":
-                made = grpc.stream_stream_rpc_method_handler(self._stream, _parser(kind), _serialize)
+                made = grpc.stream_stream_rpc_method_handler(self._stream, wire.parser(kind), _serialize)
             else:  # as a stream of one, so that it is called before the request has arrived
                 call = self._infer if name == "ModelInfer" else self._plain(name)
-                made = grpc.stream_unary_rpc_method_handler(_answering(call, response), _parser(kind), _serialize)
-            handlers[f"/{_SERVICE.full_name}/{name}"] = made
-        handlers[f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"] = _reflection()
+                made = grpc.stream_unary_rpc_method_handler(_answering(call, response), wire.parser(kind), _serialize)
+            handlers[f"/{wire.SERVICE.full_name}/{name}"] = made
+        handlers[wire.REFLECTION] = _reflection()
         return handlers
 
     def _plain(self, name: str) -> Call:
@@ -147,7 +121,7 @@ class Transport:
         call = getattr(self._service, name)
 
         async def answer(request: Any, context: Context) -> Any:
-            return await asyncio.to_thread(call, request) if name in _BLOCKING else call(request)
+            return await asyncio.to_thread(call, request) if name in wire.BLOCKING else call(request)
 
         return answer
 
@@ -165,7 +139,7 @@ class Transport:
         def done(outcome: Any) -> None:
             self._loop.call_soon_threadsafe(_settle, waiting, outcome)
 
-        size = request.ByteSize()
+        size = request.ByteSize() + shared_bytes(request)
         with self._admission.request(size), self._service.call(request, metadata, done, deadline) as inference:
             try:
                 return inference.answer(await waiting)
@@ -178,8 +152,8 @@ class Transport:
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         """Requests are run side by side and answered in their order; an error is a message, or ends the stream."""
         metadata = context.invocation_metadata()
-        ends = dict(metadata).get(_ENDS) == "true"
-        started: asyncio.Queue[tuple[str, asyncio.Task[pb.ModelInferResponse]] | None] = asyncio.Queue(WINDOW)
+        ends = dict(metadata).get(wire.ENDS) == "true"
+        started: asyncio.Queue[tuple[str, asyncio.Task[pb.ModelInferResponse]] | None] = asyncio.Queue(wire.WINDOW)
 
         async def read() -> None:
             try:
@@ -203,9 +177,8 @@ class Transport:
 
 def _reflection() -> grpc.RpcMethodHandler:
     """A call like the others, that needs a token where they do; health is open, and stands beside them."""
-    names = (_SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
     return grpc.stream_stream_rpc_method_handler(
-        reflection.aio.ReflectionServicer(names).ServerReflectionInfo,
+        reflection.aio.ReflectionServicer(wire.REFLECTED).ServerReflectionInfo,
         reflection_pb2.ServerReflectionRequest.FromString,
         reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
@@ -235,19 +208,6 @@ def _refusal(error: Exception) -> grpc.RpcMethodHandler:
     return grpc.stream_unary_rpc_method_handler(refuse)
 
 
-def _parser(kind: str) -> Callable[[bytes], Any]:
-    """Bytes -> a message."""
-    message = getattr(pb, kind)
-
-    def parse(data: bytes) -> Any:
-        try:
-            return message.FromString(data)
-        except DecodeError as error:
-            raise BadInput(f"the bytes are no {kind}; expected a message of inference.proto.") from error
-
-    return parse
-
-
 def _answering(call: Call, response: type[Any]) -> Callable[[AsyncIterator[Any], Context], Awaitable[Any]]:
     """A handler that reads the one request of a call, and tells the client of every error by its status."""
 
@@ -262,12 +222,12 @@ def _answering(call: Call, response: type[Any]) -> Callable[[AsyncIterator[Any],
 
 async def _received(context: Context) -> Any:
     try:
-        async with asyncio.timeout(RECEIVE_S):
+        async with asyncio.timeout(wire.RECEIVE_S):
             request = await context.read()
     except TimeoutError as error:
-        raise DeadlineExceeded(f"the request did not arrive within {RECEIVE_S:.0f} seconds.") from error
+        raise wire.late_request() from error
     if request is grpc.aio.EOF:
-        raise BadInput("the call ended without a request; expected one.")
+        raise wire.no_request()
     return request
 
 
@@ -291,11 +251,8 @@ async def _streamed(name: str, task: "asyncio.Task[pb.ModelInferResponse]", ends
     except Exception as error:
         if ends:
             raise
-        return pb.ModelStreamInferResponse(
-            error_message=status(error)[1], infer_response=pb.ModelInferResponse(id=name)
-        )
-    response.parameters["triton_final_response"].bool_param = True
-    return pb.ModelStreamInferResponse(infer_response=response)
+        return wire.streamed_error(error, name)
+    return wire.streamed(response)
 
 
 async def _dropped(reader: "asyncio.Task[None]", started: "asyncio.Queue[Any]") -> None:

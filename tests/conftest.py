@@ -8,6 +8,19 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
 
 
+def pytest_addoption(parser):
+    parser.addoption("--asyncio", action="store_true", help="servers as where grpcio has no completion queue")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _transport(pytestconfig):
+    """Every server that a test starts in this process speaks gRPC on the completion queue, or all on asyncio."""
+    with pytest.MonkeyPatch.context() as patch:
+        if pytestconfig.getoption("asyncio"):
+            patch.setattr("serve.completion_queue.missing", lambda: "switched off for these tests")
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """No test takes anything from the user's cache, or leaves anything there."""

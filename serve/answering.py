@@ -1,0 +1,330 @@
+"""What each method of the server does with a call, without a loop of its own: answers come by callback."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import count
+from typing import Any, Protocol
+
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from protos import inference_pb2 as pb
+from serve import wire
+from serve.admission import Admission, Hold
+from serve.health import Health
+from serve.inference import Inference, Outcome
+from serve.inputs import shared_bytes
+from serve.service import Metadata, Service
+
+Sent = Callable[[], None]
+
+_HEALTH = "/grpc.health.v1.Health/"
+
+_parse = wire.parser("ModelInferRequest")
+
+
+def nothing() -> None:
+    """What is to be done when there is nothing to be done."""
+
+
+class Call(Protocol):
+    """A call with one request, which is received before the handler is called."""
+
+    @property
+    def metadata(self) -> Metadata:
+        """That came with it."""
+
+    @property
+    def deadline(self) -> float | None:
+        """In time.monotonic()."""
+
+    def watch(self, cancelled: Callable[[], None]) -> None:
+        """Call `cancelled` when nobody waits for the answer any more."""
+
+    def finish(self, message: bytes | None = None, code: int = 0, details: str = "", *, sent: Sent = ...) -> None:
+        """Send the answer, or a status, and call `sent` when the client has it or never will."""
+
+    def fail(self, error: Exception) -> None:
+        """Send the status of an error."""
+
+
+class Stream(Call, Protocol):
+    """A call with any number of messages both ways."""
+
+    @property
+    def unsent(self) -> int:
+        """Messages that the client has not taken."""
+
+    def receive(self, then: Callable[[bytes | None], None]) -> None:
+        """Call `then` with the next request, or None when there will be none."""
+
+    def on_sent(self, sent: Callable[[], None]) -> None:
+        """Call `sent` after each message that was sent."""
+
+    def send(self, message: bytes) -> None:
+        """Send a message after those before."""
+
+
+class Answering:
+    """Every method of the server.
+
+    Attributes:
+        unary: by path, those with one request and one answer: called with the call and the bytes of its request.
+        streaming: by path, the others: called with the stream.
+    """
+
+    unary: Mapping[str, Callable[[Any, bytes | None], None]]
+    streaming: Mapping[str, Callable[[Any], None]]
+
+    def __init__(self, service: Service, admission: Admission, health: Health) -> None:
+        self._service, self._admission, self._health = service, admission, health
+        self._blocking = ThreadPoolExecutor(2, "blocking")  # its threads start with the first call
+        self._reflection = reflection.ReflectionServicer(wire.REFLECTED)
+        prefix = f"/{wire.SERVICE.full_name}/"
+        plain = [method for method in wire.SERVICE.methods if method.name not in ("ModelInfer", "ModelStreamInfer")]
+        self.unary = {
+            **{prefix + method.name: self._plain(method.name, method.input_type.name) for method in plain},
+            prefix + "ModelInfer": self._infer,
+            _HEALTH + "Check": _answering(health.check),
+        }
+        self.streaming = {
+            prefix + "ModelStreamInfer": self._stream,
+            _HEALTH + "Watch": self._watch,
+            wire.REFLECTION: self._reflect,
+        }
+
+    def close(self) -> None:
+        """Wait for what blocks."""
+        self._blocking.shutdown()
+
+    def _plain(self, name: str, kind: str) -> Callable[[Call, bytes | None], None]:
+        """A call that needs its request alone."""
+        parse, ask = wire.parser(kind), getattr(self._service, name)
+        answer = _answering(lambda data: ask(parse(data)).SerializeToString())
+
+        def wait(call: Call, data: bytes | None) -> None:
+            call.watch(nothing)
+            self._blocking.submit(answer, call, data)
+
+        return wait if name in wire.BLOCKING else answer
+
+    def _infer(self, call: Call, data: bytes | None) -> None:
+        if data is None:
+            raise wire.no_request()
+
+        def answered(work: Work) -> None:
+            if work.error:
+                work.release()
+                call.fail(work.error)
+            else:
+                assert work.response is not None
+                call.finish(work.response.SerializeToString(), sent=work.release)
+
+        work = Work(self._service, self._admission, answered)
+        work.start(_parse(data), len(data), call.metadata, call.deadline)
+        if not work.ended:
+            call.watch(work.cancel)
+
+    def _stream(self, stream: Stream) -> None:
+        hold = self._admission.stream()
+        _Inferences(self._service, self._admission, stream, hold.release).read()
+
+    def _watch(self, stream: Stream) -> None:
+        def asked(data: bytes | None) -> None:
+            if data is None:
+                raise wire.no_request()
+            stream.watch(self._health.watch(data, stream.send))
+
+        stream.receive(asked)
+
+    def _reflect(self, stream: Stream) -> None:
+        def asked(data: bytes | None) -> None:
+            if data is None:
+                stream.finish()
+                return
+            request = reflection_pb2.ServerReflectionRequest.FromString(data)
+            for answer in self._reflection.ServerReflectionInfo(iter([request]), None):
+                stream.send(answer.SerializeToString())
+            stream.receive(asked)
+
+        stream.receive(asked)
+
+
+def _answering(answer: Callable[[bytes], bytes]) -> Callable[[Call, bytes | None], None]:
+    def handle(call: Call, data: bytes | None) -> None:
+        try:
+            if data is None:
+                raise wire.no_request()
+            call.finish(answer(data))
+        except Exception as error:
+            call.fail(error)
+
+    return handle
+
+
+class Work:
+    """One request for inference, on whatever call it came.
+
+    Attributes:
+        response: of the model, once it has answered.
+        error: why there is none.
+        ended: whether there is one of them.
+    """
+
+    def __init__(self, service: Service, admission: Admission, answered: Callable[["Work"], None]) -> None:
+        """Nothing yet.
+
+        Args:
+            service: that answers.
+            admission: that lets requests in.
+            answered: called once, from any thread, also by `start`.
+        """
+        self.response: pb.ModelInferResponse | None = None
+        self.error: Exception | None = None
+        self.ended = False
+        self._service, self._admission, self._answered = service, admission, answered
+        self._inference: Inference | None = None
+        self._outcome: Outcome | None = None
+        self._hold: Hold | None = None
+        self._call = ExitStack()
+        self._arrivals = count()
+
+    def start(self, request: pb.ModelInferRequest, size: int, metadata: Metadata, deadline: float | None) -> None:
+        """Queue a request, or run it.
+
+        Args:
+            request: as it came.
+            size: of it, bytes.
+            metadata: of the call.
+            deadline: of the call, in time.monotonic().
+        """
+        try:
+            self._hold = self._admission.request(size + shared_bytes(request))
+            call = self._service.call(request, metadata, self._done, deadline)
+            self._inference = self._call.enter_context(call)
+        except Exception as error:
+            self._end(None, error)
+        else:
+            self._arrive()
+
+    def cancel(self) -> None:
+        """Nobody waits any more: drop it, unless it runs already."""
+        if self._inference is not None:
+            self._inference.cancel()
+
+    def release(self) -> None:
+        """Its bytes are in work no more; those of the answer count as they do until the client has taken it."""
+        if self._hold:
+            self._hold.release()
+
+    def _done(self, outcome: Outcome) -> None:
+        self._outcome = outcome
+        self._arrive()
+
+    def _arrive(self) -> None:
+        """The end of `start` and the outcome: whichever comes last answers, in its thread."""
+        if not next(self._arrivals):
+            return
+        assert self._inference is not None
+        assert self._outcome is not None
+        try:
+            with self._call:
+                response = self._inference.answer(self._outcome)
+        except Exception as error:
+            self._end(None, error)
+        else:
+            self._end(response, None)
+
+    def _end(self, response: pb.ModelInferResponse | None, error: Exception | None) -> None:
+        self.response, self.error, self.ended = response, error, True
+        self._answered(self)
+        self._inference = self._outcome = None  # the arrays, which a call that is being written need not keep
+
+
+class _Inferences:
+    """A stream of requests: run side by side, answered in their order; an error is a message, or ends the stream."""
+
+    def __init__(self, service: Service, admission: Admission, stream: Stream, ended: Callable[[], None]) -> None:
+        self._service, self._admission, self._stream, self._ended = service, admission, stream, ended
+        self._ends = dict(stream.metadata).get(wire.ENDS) == "true"
+        self._works: deque[tuple[str, Work]] = deque()
+        self._reading = self._more = True
+        self._closed = False
+        self._fault: Exception | None = None  # the client's, told after the answers
+        self._lock = threading.RLock()
+        stream.watch(self._cancel)
+        stream.on_sent(self._read_on)
+
+    def read(self) -> None:
+        """Take the next request."""
+        self._stream.receive(self._received)
+
+    def _received(self, data: bytes | None) -> None:
+        try:
+            request = None if data is None else _parse(data)
+        except Exception as error:
+            request, self._fault = None, error
+        if request is None or data is None:
+            with self._lock:
+                self._reading = self._more = False
+                self._advance()
+            return
+        work = Work(self._service, self._admission, self._answered)
+        with self._lock:
+            self._works.append((request.id, work))
+        work.start(request, len(data), self._stream.metadata, None)
+        with self._lock:
+            self._reading = False
+        self._read_on()
+
+    def _read_on(self) -> None:
+        with self._lock:
+            if self._reading or not self._more or len(self._works) + self._stream.unsent >= wire.WINDOW:
+                return
+            self._reading = True
+        self.read()
+
+    def _answered(self, work: Work) -> None:
+        work.release()
+        with self._lock:
+            self._advance()
+
+    def _advance(self) -> None:
+        """Send the answers whose turn it is, and the status after the last."""
+        while not self._closed and self._works and self._works[0][1].ended:
+            name, work = self._works.popleft()
+            if work.error and self._ends:
+                self._close(work.error)
+                return
+            self._stream.send(_streamed(name, work))
+        if not (self._closed or self._more or self._works):
+            self._close(self._fault)
+
+    def _close(self, error: Exception | None) -> None:
+        self._drop()
+        if error:
+            self._stream.fail(error)
+        else:
+            self._stream.finish()
+
+    def _cancel(self) -> None:
+        with self._lock:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Nobody reads the answers any more: what was begun is cancelled."""
+        self._more, self._closed = False, True
+        left = [work for _, work in self._works]
+        self._works.clear()
+        self._ended()
+        for work in left:
+            work.cancel()
+
+
+def _streamed(name: str, work: Work) -> bytes:
+    if work.error:
+        return wire.streamed_error(work.error, name).SerializeToString()
+    assert work.response is not None
+    return wire.streamed(work.response).SerializeToString()

@@ -1,0 +1,327 @@
+"""gRPC on grpcio's own completion queue: one thread takes every event, so that no call waits for another thread.
+
+grpcio's own server is written on this interface, but it is not public: `missing` says what of it is not there.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import grpc
+import structlog
+
+from serve import wire
+from serve.admission import Admission
+from serve.answering import Answering, Sent, nothing
+from serve.config import ServeConfig
+from serve.health import Health
+from serve.security import Tokens
+from serve.service import Service, status
+
+try:
+    from grpc._cython import cygrpc
+except ImportError:
+    cygrpc = None
+
+log = structlog.get_logger()
+
+Event = Any  # of cygrpc, as are calls and operations
+
+_TURN_S = 1.0  # between looks at requests that do not arrive
+
+
+def missing() -> str | None:
+    """Why this grpcio cannot be used so; None: it can."""
+    try:
+        cygrpc.SendInitialMetadataOperation(None, 0)
+        cygrpc.SendMessageOperation(b"", 0)
+        cygrpc.SendStatusFromServerOperation(None, 0, "", 0)
+        cygrpc.ReceiveMessageOperation(0)
+        cygrpc.ReceiveCloseOnServerOperation(0)
+        for method in ("add_http2_port", "cancel_all_calls", "destroy", "register_completion_queue", "request_call"):
+            getattr(cygrpc.Server, method)
+        event = cygrpc.CompletionQueue().poll(time.time())
+        if event.completion_type != cygrpc.CompletionType.queue_timeout:
+            return f"grpcio {grpc.__version__} has another completion queue: {event.completion_type}"
+    except (AttributeError, TypeError) as error:
+        return f"grpcio {grpc.__version__} has another completion queue: {error}"
+    return None
+
+
+class Call:
+    """One call of a client. Every method may be called from any thread, and does nothing when the call has ended.
+
+    Attributes:
+        metadata: that came with it.
+        began: when, in time.monotonic().
+        waits: whether its one request has not arrived.
+    """
+
+    __slots__ = ("_call", "_deadline", "_headed", "_lock", "_open", "_watched", "began", "metadata", "waits")
+
+    def __init__(self, event: Event, began: float, open_calls: set["Call"]) -> None:
+        self.metadata: Sequence[tuple[str, str | bytes]] = event.invocation_metadata
+        self.began = began
+        self.waits = False
+        self._call = event.call
+        self._deadline: float = event.call_details.deadline
+        self._open = open_calls
+        self._lock = threading.RLock()
+        self._headed = self._watched = False
+        open_calls.add(self)
+
+    @property
+    def deadline(self) -> float | None:
+        """In time.monotonic()."""
+        left = self._deadline - time.time()
+        return time.monotonic() + left if left < 1e9 else None  # of 30 years and more: none
+
+    def receive(self, then: Callable[[bytes | None], None]) -> None:
+        """Call `then` with the next message of the client, or None when there will be none; errors end the call."""
+
+        def received(event: Event) -> None:
+            self.waits = False
+            try:
+                then(event.batch_operations[0].message())
+            except Exception as error:
+                self.fail(error)
+
+        self._start((cygrpc.ReceiveMessageOperation(0),), received)
+
+    def watch(self, cancelled: Callable[[], None]) -> None:
+        """Call `cancelled` when the client gives up, its deadline passes or the connection breaks."""
+
+        def closed(event: Event) -> None:
+            if event.batch_operations[0].cancelled():
+                self._end()
+                cancelled()
+
+        with self._lock:
+            self._watched = True
+            self._start((cygrpc.ReceiveCloseOnServerOperation(0),), closed)
+
+    def finish(self, message: bytes | None = None, code: int = 0, details: str = "", *, sent: Sent = nothing) -> None:
+        """Send a last message and the status, and call `sent` when the client has it or never will."""
+        with self._lock:
+            if self._call is None:
+                sent()
+                return
+            operations = self._head()
+            if message is not None:
+                operations.append(cygrpc.SendMessageOperation(message, 0))
+            operations.append(cygrpc.SendStatusFromServerOperation(None, code, details, 0))
+            if not self._watched:  # a call that is not asked for its end never ends well
+                operations.append(cygrpc.ReceiveCloseOnServerOperation(0))
+            self._start(operations, lambda event: sent())
+            self._end()
+
+    def fail(self, error: Exception) -> None:
+        """Send the status of an error."""
+        code, details = status(error)
+        self.finish(None, code.value[0], details)
+
+    def _head(self) -> list[Any]:
+        if self._headed:
+            return []
+        self._headed = True
+        return [cygrpc.SendInitialMetadataOperation(None, 0)]
+
+    def _start(self, operations: Sequence[Any], tag: Callable[[Event], None]) -> None:
+        """Operations hold what the core writes to: they are made for each batch anew."""
+        with self._lock:
+            if self._call is not None:
+                self._call.start_server_batch(operations, tag)
+
+    def _end(self) -> None:
+        with self._lock:
+            self._call = None  # the server is not shut down before every call is let go
+        self._open.discard(self)
+
+
+class Stream(Call):
+    """A call with any number of messages in both directions; they are sent one after the other."""
+
+    __slots__ = ("_last", "_outgoing", "_sending", "_sent")
+
+    def __init__(self, event: Event, began: float, open_calls: set[Call]) -> None:
+        super().__init__(event, began, open_calls)
+        self._outgoing: deque[bytes] = deque()
+        self._sending = False
+        self._last: Sent | None = None
+        self._sent: Sent = nothing
+
+    def on_sent(self, sent: Sent) -> None:
+        """Call `sent` after each message that was sent."""
+        self._sent = sent
+
+    @property
+    def unsent(self) -> int:
+        """Messages that the client has not taken."""
+        return len(self._outgoing) + self._sending
+
+    def send(self, message: bytes) -> None:
+        """Send a message after those before."""
+        with self._lock:
+            self._outgoing.append(message)
+            self._push()
+
+    def finish(self, message: bytes | None = None, code: int = 0, details: str = "", *, sent: Sent = nothing) -> None:
+        """Send the status after all messages."""
+        with self._lock:
+            if message is not None:
+                self._outgoing.append(message)
+            self._last = self._last or partial(super().finish, None, code, details, sent=sent)
+            self._push()
+
+    def _push(self) -> None:
+        if self._sending:
+            return
+        if self._outgoing:
+            self._sending = True
+            self._start([*self._head(), cygrpc.SendMessageOperation(self._outgoing.popleft(), 0)], self._written)
+        elif self._last:
+            self._last()
+
+    def _written(self, event: Event) -> None:
+        with self._lock:
+            self._sending = False
+            self._push()
+        self._sent()
+
+
+class Transport:
+    """A listening server; its methods may be called from any thread.
+
+    Attributes:
+        port: the one that it really listens on; of a Unix-domain socket it says nothing.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        service: Service,
+        *,
+        address: str,
+        credentials: grpc.ServerCredentials | None,
+        tokens: Tokens,
+        admission: Admission,
+    ) -> None:
+        """Listen, and answer from then on.
+
+        Raises:
+            StartError: the address cannot be bound.
+        """
+        self._tokens = tokens
+        self._health = Health()
+        self._answering = Answering(service, admission, self._health)
+        self._open: set[Call] = set()
+        self._shut = False
+        self._ended = threading.Event()
+        self._queue = cygrpc.CompletionQueue()
+        self._server = cygrpc.Server(wire.options(config), False)
+        self._server.register_completion_queue(self._queue)
+        self.port = self._bind(address, credentials)
+        self._server.start(backup_queue=False)
+        self._request()
+        self._thread = threading.Thread(target=self._run, name="grpc", daemon=True)
+        self._thread.start()
+
+    def set_health(self, name: str, ready: bool) -> None:
+        """What grpc.health.v1 says of a model; of the whole server by the name ""."""
+        self._health.set(name, ready)
+
+    def set_stopping(self) -> None:
+        """From now on grpc.health.v1 says of everything that it is not served."""
+        self._health.stop()
+
+    def stop(self, grace_s: float) -> None:
+        """Close the socket; calls may go on for so many seconds, then they are cut off."""
+        self._server.shutdown(self._queue, self._stopped)
+        if not self._ended.wait(grace_s):
+            self._server.cancel_all_calls()
+        self._thread.join()
+        self._server.destroy()
+        self._answering.close()
+
+    def _bind(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
+        secret = () if credentials is None else (credentials._credentials,)
+        port = int(self._server.add_http2_port(address.encode(), *secret))
+        if not port:
+            raise wire.not_bound(address)
+        return port
+
+    def _request(self) -> None:
+        """Be told of the next call."""
+        try:
+            self._server.request_call(self._queue, self._queue, self._called)
+        except ValueError:  # it is being shut down
+            return
+
+    def _run(self) -> None:
+        look_at = time.monotonic()
+        while not self._turn():
+            if time.monotonic() >= look_at:
+                look_at = time.monotonic() + _TURN_S
+                self._refuse_late()
+            if self._shut and not self._open:
+                self._shut = False
+                self._queue.shutdown()  # from here on no batch may begin; those that have begun still end
+
+    def _turn(self) -> bool:
+        """One event, which is let go with this frame; whether it was the last."""
+        event = self._queue.poll(time.time() + _TURN_S)
+        if event.completion_type == cygrpc.CompletionType.queue_timeout:
+            return False
+        if event.completion_type == cygrpc.CompletionType.queue_shutdown:
+            return True
+        try:
+            event.tag(event)
+        except Exception as error:
+            log.error("event lost", exc_info=error)
+        return False
+
+    def _called(self, event: Event) -> None:
+        if not event.success:  # there will be no more
+            return
+        self._request()
+        method = event.call_details.method.decode(errors="replace")
+        answer = self._answering.unary.get(method)
+        if answer is None:
+            self._streaming(event, method)
+            return
+        call = Call(event, time.monotonic(), self._open)
+        if self._may(call, method):
+            call.waits = True
+            call.receive(partial(answer, call))
+
+    def _streaming(self, event: Event, method: str) -> None:
+        stream = Stream(event, time.monotonic(), self._open)
+        answer = self._answering.streaming.get(method)
+        if answer is None:
+            stream.finish(None, grpc.StatusCode.UNIMPLEMENTED.value[0], "Method not found!")
+        elif self._may(stream, method):
+            try:
+                answer(stream)
+            except Exception as error:
+                stream.fail(error)
+
+    def _may(self, call: Call, method: str) -> bool:
+        try:
+            self._tokens.check(method, call.metadata)
+        except Exception as error:
+            call.fail(error)
+            return False
+        return True
+
+    def _refuse_late(self) -> None:
+        before = time.monotonic() - wire.RECEIVE_S
+        for call in list(self._open):
+            if call.waits and call.began < before:
+                call.fail(wire.late_request())
+
+    def _stopped(self, event: Event) -> None:
+        self._shut = True
+        self._ended.set()

@@ -1,0 +1,87 @@
+"""What every transport needs to know of gRPC and of the protocol: methods, limits, messages."""
+
+from collections.abc import Callable
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health
+from grpc_reflection.v1alpha import reflection
+
+from bundle.errors import BadInput
+from protos import inference_pb2 as pb
+from serve.config import ServeConfig
+from serve.errors import DeadlineExceeded, StartError
+from serve.service import status
+
+SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+REFLECTED = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+REFLECTION = f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"
+BLOCKING = {"RepositoryModelLoad", "RepositoryModelUnload"}  # all others answer from memory
+ENDS = "triton_grpc_error"  # metadata: an error ends the stream, as its status
+
+WINDOW = 64  # requests of one stream that are in work; more are not read
+RECEIVE_S = 60  # in which a request has to arrive
+
+_OPTIONS = {
+    "grpc.max_concurrent_streams": 1024,  # of a connection; more calls wait at the client
+    "grpc.max_allowed_incoming_connections": 1024,
+    "grpc.server_handshake_timeout_ms": 10_000,
+    "grpc.keepalive_time_ms": 60_000,  # a peer that is gone is found within 80 seconds, not two hours
+    "grpc.keepalive_timeout_ms": 20_000,
+    "grpc.keepalive_permit_without_calls": 1,
+    "grpc.http2.min_ping_interval_without_data_ms": 10_000,  # clients that ping oftener are sent away
+}
+
+
+def options(config: ServeConfig) -> list[tuple[str, int]]:
+    """Of the gRPC server."""
+    limits = {
+        "grpc.so_reuseport": int(config.processes > 1),  # else a port that is taken is an error
+        "grpc.max_receive_message_length": config.max_message_bytes,
+        "grpc.max_send_message_length": config.max_message_bytes,
+    }
+    return list((limits | _OPTIONS).items())
+
+
+def parser(kind: str) -> Callable[[bytes], Any]:
+    """Bytes -> a message of this kind; BadInput when they are none."""
+    message = getattr(pb, kind)
+
+    def parse(data: bytes) -> Any:
+        try:
+            return message.FromString(data)
+        except DecodeError as error:
+            raise BadInput(f"the bytes are no {kind}; expected a message of inference.proto.") from error
+
+    return parse
+
+
+def no_request() -> BadInput:
+    """The client ended its side of a call without a message."""
+    return BadInput("the call ended without a request; expected one.")
+
+
+def late_request() -> DeadlineExceeded:
+    """RECEIVE_S have passed."""
+    return DeadlineExceeded(f"the request did not arrive within {RECEIVE_S:.0f} seconds.")
+
+
+def not_bound(address: str) -> StartError:
+    """Nothing can listen on an address."""
+    return StartError(
+        f"{address} cannot be bound: the port is taken, or not allowed, or the host is not this machine's. Choose "
+        "another --port; 0 takes any that is free."
+    )
+
+
+def streamed(response: pb.ModelInferResponse) -> pb.ModelStreamInferResponse:
+    """An answer on a stream, marked as the only one to its request."""
+    response.parameters["triton_final_response"].bool_param = True
+    return pb.ModelStreamInferResponse(infer_response=response)
+
+
+def streamed_error(error: Exception, request_id: str) -> pb.ModelStreamInferResponse:
+    """An error on a stream that goes on."""
+    return pb.ModelStreamInferResponse(
+        error_message=status(error)[1], infer_response=pb.ModelInferResponse(id=request_id)
+    )
