@@ -40,7 +40,9 @@ def make_index(
         failures: could not be looked at.
     """
     reasons = {(name, str(one.place.version)): reason(one.error) for one in refused for name in one.place.names}
-    entries = {(one.name, ""): IndexEntry(one.name, "", "UNAVAILABLE", reason(one.error)) for one in failures}
+    entries = {
+        (one.name, ""): IndexEntry(one.name, "", "UNAVAILABLE", reason(one.error)) for one in failures if one.name
+    }
     for key, why in reasons.items():
         entries[key] = IndexEntry(*key, "UNAVAILABLE", why)
     for key in _keys(unloaded):

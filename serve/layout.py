@@ -55,7 +55,7 @@ class Failure:
     """What cannot be served from a path; what is served from below it may go on."""
 
     path: Path
-    name: str  # of the model, as far as one can tell
+    name: str  # of the model, as far as one can tell; empty where one cannot
     error: EdgewardError
 
 
@@ -113,7 +113,7 @@ def find_places(paths: Sequence[Path], policy: pb.ModelVersionPolicy) -> Layout:
     """
     walk = _Walk()
     for path in paths:
-        walk.attempt(path, path.stem, walk.look_at)
+        walk.attempt(path, path.stem if path.suffix == ".onnx" else "", walk.look_at)
     places = [place for name in {place.name: None for place in walk.places} for place in walk.choose(name, policy)]
     return Layout(tuple(walk.told_apart(places)), tuple(walk.failures), tuple(walk.skipped))
 

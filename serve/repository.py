@@ -173,6 +173,8 @@ class Repository:
             failure = next((failure for failure in layout.failures if failure.name == name), None)
             if failure:
                 raise LoadFailed(f"failed to load {name!r}: {reason(failure.error)}")
+            if not places and name in self._served:
+                raise LoadFailed(f"failed to load {name!r}: it is not there any more; it is served on as it was")
             if not places:
                 raise UnknownModel(f"failed to load {name!r}: no such model is in the repository")
             self._unloaded.pop(places[0].name, None)

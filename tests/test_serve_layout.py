@@ -184,7 +184,7 @@ def test_one_model_s_fault_is_its_own(tmp_path):
         "bad": tmp_path / "bad",
         "empty": tmp_path / "empty",
         "torn": damaged,
-        "missing": tmp_path / "missing",
+        "": tmp_path / "missing",
         "old": tmp_path / "old" / "1" / "model.onnx",
     }
 

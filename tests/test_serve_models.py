@@ -1,5 +1,8 @@
 """What a server serves of the paths that it is given, under which names, and what it refuses to start with."""
 
+import functools
+import queue
+
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
@@ -11,6 +14,7 @@ from serve.config import ServeConfig
 from serve.configuration import model_config
 from serve.errors import ConfigRefused, GateNotPassed, StartError, UnknownModel
 from serve.repository import Repository
+from serve.scheduler import Job
 from tests.serve_bundles import identity, model_bytes, write_image_bundle, write_text_bundle
 
 
@@ -140,6 +144,30 @@ def test_a_config_pbtxt_is_done_as_it_says(tmp_path):
     assert (list(config.input[0].dims), config.output[0].label_filename) == ([2], "labels.txt")
     assert config.parameters["owner"].string_value == "us"
     assert config.parameters["gate"].string_value == "ungated"
+
+
+JOINED = """
+name: "m", platform: "onnxruntime_onnx", max_batch_size: 4,
+input: [ { name: "x", data_type: TYPE_FP32, dims: [ 2 ] } ],
+dynamic_batching: { preferred_batch_size: [ 4 ], max_queue_delay_microseconds: 60000000 }
+instance_group [ { count: 1 } ]
+"""
+
+
+def test_requests_are_joined_as_a_config_pbtxt_asks(tmp_path):
+    """Four rows make the preferred batch, which runs at once, as one, however long it could have waited."""
+    repository = start(write_graph(tmp_path / "m", JOINED))
+    served, outcomes = repository.find("m", ""), queue.Queue()
+
+    for row in range(4):
+        arrays = {"x": np.full((1, 2), row, np.float32)}
+        done = functools.partial(lambda row, outcome: outcomes.put((row, outcome["y"].tolist())), row)
+        served.scheduler.submit(Job(arrays=arrays, rows=1, key=served.model.key(arrays), done=done))
+
+    got = sorted(outcomes.get(timeout=30) for _ in range(4))
+    assert got == [(row, [[row, row]]) for row in range(4)]
+    counts = served.statistics.snapshot()
+    assert (counts.runs, counts.rows) == (1, 4)
 
 
 def test_a_graph_with_labels_from_config_but_no_file_does_not_start(tmp_path):

@@ -261,6 +261,10 @@ def test_what_cannot_be_looked_at_is_served_on(tmp_path, what):
         repository.refresh()
 
     assert list(repository) == before
+    with pytest.raises(LoadFailed, match=r"^failed to load '(m|mood)': ") as error:
+        repository.load("mood" if what == "bundle" else "m")
+    assert str(tmp_path) not in str(error.value)
+    assert list(repository) == before
     assert len([entry for entry in logs if entry["log_level"] == "warning"]) in (1, 2)  # each line once
     assert not [text for text in reasons(repository).values() if str(tmp_path) in text]
 
