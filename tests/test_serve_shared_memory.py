@@ -142,6 +142,16 @@ def test_a_part_lies_within_its_region(regions, key, offset, size):
         regions.part("r", offset, size)
 
 
+def test_a_part_is_no_larger_than_one_read(regions, key, monkeypatch):
+    """Linux would read less of it, which would look as if the object had shrunk."""
+    monkeypatch.setattr(shared_memory, "MAX_PART", 16)
+    regions.register("r", key, 0, SIZE)
+
+    assert regions.part("r", 0, 16).read() == bytes(range(16))
+    with pytest.raises(BadInput, match="of which 16 is the most"):
+        regions.part("r", 0, 17)
+
+
 @pytest.mark.parametrize(
     "key",
     ["", "/", "//", "/.", "..", "/../etc/passwd", "//etc/passwd", "a/b", "/a/", "a\0b", "/sem.lock", "sem.lock",

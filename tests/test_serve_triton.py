@@ -95,11 +95,13 @@ class Examples:
             pass
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
+@pytest.fixture(scope="module", params=["completion-queue", "asyncio"])
+def address(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("repository")
     write_models(root)
-    config = ServeConfig(paths=(root,), port=0, device="cpu", threads=1, admin=True, shared_memory=True)
+    config = ServeConfig(
+        paths=(root,), port=0, transport=request.param, device="cpu", threads=1, admin=True, shared_memory=True
+    )
     server = start(config)
     yield server.address
     server.stop(drain_s=0)
