@@ -4,6 +4,8 @@ import shutil
 import threading
 
 import pytest
+from structlog.testing import capture_logs
+from watchfiles._rust_notify import RustNotify
 
 from serve.config import ServeConfig
 from serve.reload import Watcher
@@ -169,10 +171,13 @@ def test_error_does_not_end_the_watch(tmp_path, watch, looks):
         raise OSError("no")
 
     looks.then = fail
-    add_version(tmp_path)
-    looks.wait()
-    add_version(tmp_path, "other")
-    looks.wait()
+    with capture_logs() as lines:
+        add_version(tmp_path)
+        looks.wait()
+        add_version(tmp_path, "other")
+        looks.wait()
+
+    assert lines[0]["event"].startswith("looking at the disk failed")
 
 
 def test_unreadable_folder_does_not_end_the_watch(tmp_path, watch, looks, monkeypatch):
@@ -184,6 +189,34 @@ def test_unreadable_folder_does_not_end_the_watch(tmp_path, watch, looks, monkey
 
     add_version(tmp_path)
     looks.wait()
+
+
+def test_what_happens_beside_a_path_is_no_reason_to_look(tmp_path, watch, looks, monkeypatch):
+    """The folder that a path lies in may be a busy one; only what is at the path or below it counts."""
+    told = iter([{(1, str(tmp_path / name))} for name in ("log.txt", "models.old", "models")])
+
+    class Told:
+        """Tells of three changes, then of what there is."""
+
+        def __init__(self, *args):
+            self.real = RustNotify(*args)
+
+        def watch(self, *args):
+            return next(told, None) or self.real.watch(*args)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            self.real.close()
+
+    monkeypatch.setattr("serve.reload.RustNotify", Told)
+    (tmp_path / "models").mkdir()
+    watcher = watch(tmp_path / "models")
+    looks.wait()
+
+    assert watcher.stop(PATIENCE_S)
+    assert looks.made.empty()
 
 
 def test_looks_come_one_after_another(tmp_path, watch, looks):
@@ -245,3 +278,16 @@ def test_bad_version_is_refused_and_may_be_mended(tmp_path, repository, looks):
     shutil.copy(beside / "model.onnx", tmp_path / "mood" / "2")
     while repository.versions("mood") != [2]:
         looks.wait()
+
+
+def test_stop_does_not_wait_for_ever(tmp_path, watch, looks):
+    """A look that is under way is not cut off, and whoever stops the watch is told that it goes on."""
+    watcher = watch(tmp_path)
+    go_on = threading.Event()
+    looks.then = lambda: go_on.wait(PATIENCE_S)
+    add_version(tmp_path)
+    looks.wait()
+
+    assert not watcher.stop(0)
+    go_on.set()
+    assert watcher.stop(PATIENCE_S)
