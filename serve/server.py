@@ -49,7 +49,7 @@ class Server:
         self._ready = False
         self._metrics: Metrics | None = None
         with ExitStack() as opened:  # closed again when something below fails
-            credentials, tokens = security.credentials(config), security.Tokens(config)
+            credentials, self._tokens = security.credentials(config), security.Tokens(config)
             self._tracer = _tracer(config)
             if self._tracer:
                 opened.callback(self._tracer.close)
@@ -67,7 +67,7 @@ class Server:
                     self._service,
                     address=address,
                     credentials=credentials,
-                    tokens=tokens,
+                    tokens=self._tokens,
                     admission=self._admission,
                 )
             opened.pop_all()
@@ -96,7 +96,7 @@ class Server:
 
     def _traffic(self) -> Traffic:
         now = self._admission.snapshot()
-        refused = {"bytes": now.refused_bytes, "streams": now.refused_streams}
+        refused = {"bytes": now.refused_bytes, "streams": now.refused_streams, **self._tokens.refused}
         return Traffic(calls=now.requests, bytes=now.bytes, streams=now.streams, refused=refused)
 
     def models(self) -> list[str]:

@@ -7,6 +7,7 @@ import queue
 import socket
 import subprocess
 import tracemalloc
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -458,13 +459,21 @@ def models(tmp_path_factory):
     return root
 
 
-@contextlib.contextmanager
-def serving(models, **options):
-    server = start(ServeConfig(paths=(models,), port=0, device="cpu", threads=1, **options))
-    try:
-        yield server
-    finally:
-        server.stop(drain_s=0)
+@pytest.fixture(params=["completion-queue", "asyncio"])
+def serving(models, request):
+    """Starts a server with options, on each transport."""
+
+    @contextlib.contextmanager
+    def serve(**options):
+        server = start(
+            ServeConfig(paths=(models,), port=0, device="cpu", threads=1, transport=request.param, **options)
+        )
+        try:
+            yield server
+        finally:
+            server.stop(drain_s=0)
+
+    return serve
 
 
 @contextlib.contextmanager
@@ -502,11 +511,11 @@ def picture(data):
     return request
 
 
-def test_a_server_with_tokens_answers_those_who_have_one(models, files):
+def test_a_server_with_tokens_answers_those_who_have_one(serving, files):
     """Every kind of call is refused without a token: unary, streams and reflection; probes are answered."""
     known, stranger = {"metadata": [bearer(READER)]}, {"metadata": [bearer(STRANGER)]}
     reflect = reflection_pb2.ServerReflectionRequest(list_services="")
-    with serving(models, **files) as server, calling(server) as (stub, channel):
+    with serving(**files) as server, calling(server) as (stub, channel):
         health = health_pb2_grpc.HealthStub(channel)
         reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
         for call, request in [
@@ -525,10 +534,10 @@ def test_a_server_with_tokens_answers_those_who_have_one(models, files):
         assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_administration_needs_its_own_token_over_the_wire(models, files):
+def test_administration_needs_its_own_token_over_the_wire(serving, files):
     """A token for inference may call, but not unload."""
     request = pb.RepositoryModelUnloadRequest(model_name="echo")
-    with serving(models, admin=True, **files) as server, calling(server) as (stub, _):
+    with serving(admin=True, **files) as server, calling(server) as (stub, _):
         assert code(stub.RepositoryModelUnload, request) is grpc.StatusCode.UNAUTHENTICATED
         assert code(stub.RepositoryModelUnload, request, metadata=[bearer(READER)]) is grpc.StatusCode.PERMISSION_DENIED
         assert code(stub.ModelInfer, numbers(1), metadata=[bearer(READER)]) is grpc.StatusCode.OK
@@ -536,11 +545,11 @@ def test_administration_needs_its_own_token_over_the_wire(models, files):
         assert code(stub.ModelInfer, numbers(1), metadata=[bearer(ADMIN)]) is grpc.StatusCode.UNAVAILABLE
 
 
-def test_administration_is_off_unless_asked_for(models):
+def test_administration_is_off_unless_asked_for(serving):
     """Loading, unloading and changing the log are not there, whoever asks; reading the index and the settings is."""
     changes = pb.LogSettingsRequest()
     changes.settings["log_info"].bool_param = False
-    with serving(models) as server, calling(server) as (stub, _):
+    with serving() as server, calling(server) as (stub, _):
         for call, request in [
             (stub.RepositoryModelLoad, pb.RepositoryModelLoadRequest(model_name="echo")),
             (stub.RepositoryModelUnload, pb.RepositoryModelUnloadRequest(model_name="echo")),
@@ -553,10 +562,10 @@ def test_administration_is_off_unless_asked_for(models):
         assert code(stub.ModelInfer, numbers(1)) is grpc.StatusCode.OK
 
 
-def test_a_server_with_tls_and_tokens(models, files, pki):
+def test_a_server_with_tls_and_tokens(serving, files, pki):
     """With mTLS a client needs both: a certificate to connect, a token to call."""
     options = {"tls_cert": pki / "server.pem", "tls_key": pki / "server.key", "tls_client_ca": pki / "authority.pem"}
-    with serving(models, **options, **files) as server:
+    with serving(**options, **files) as server:
         with calling(server, trust(pki, client="client")) as (stub, _):
             assert code(stub.ModelInfer, numbers(1), metadata=[bearer(READER)]) is grpc.StatusCode.OK
             assert code(stub.ModelInfer, numbers(1)) is grpc.StatusCode.UNAUTHENTICATED
@@ -564,10 +573,10 @@ def test_a_server_with_tls_and_tokens(models, files, pki):
             assert code(stub.ModelInfer, numbers(1), metadata=[bearer(READER)]) is grpc.StatusCode.UNAVAILABLE
 
 
-def test_a_server_on_a_socket(models, files, tmp_path):
+def test_a_server_on_a_socket(serving, files, tmp_path):
     """With tokens as on a port; the socket is gone when the server has stopped."""
     path = tmp_path / "s"
-    with serving(models, socket=path, **files) as server:
+    with serving(socket=path, **files) as server:
         with calling(server) as (stub, _):
             assert code(stub.ModelInfer, numbers(1), metadata=[bearer(READER)]) is grpc.StatusCode.OK
             assert code(stub.ModelInfer, numbers(1)) is grpc.StatusCode.UNAUTHENTICATED
@@ -575,25 +584,25 @@ def test_a_server_on_a_socket(models, files, tmp_path):
     assert not path.exists()
 
 
-def test_a_refused_message_is_not_read(models, files):
+def test_a_refused_message_is_not_read(serving, files):
     """Without a token the size of the message does not matter: nobody looks at it."""
-    with serving(models, max_message_bytes=1 << 20, **files) as server, calling(server) as (stub, _):
+    with serving(max_message_bytes=1 << 20, **files) as server, calling(server) as (stub, _):
         large = numbers(1 << 18)
         assert code(stub.ModelInfer, large) is grpc.StatusCode.UNAUTHENTICATED
         assert code(stub.ModelInfer, large, metadata=[bearer(READER)]) is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_a_message_that_inflates_beyond_the_limit_is_refused(models):
+def test_a_message_that_inflates_beyond_the_limit_is_refused(serving):
     """What counts is the size after decompression; a small one is inflated and answered."""
     gzip = {"compression": grpc.Compression.Gzip}
-    with serving(models, max_message_bytes=1 << 20) as server, calling(server) as (stub, _):
+    with serving(max_message_bytes=1 << 20) as server, calling(server) as (stub, _):
         assert code(stub.ModelInfer, numbers(1 << 19), **gzip) is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert code(stub.ModelInfer, numbers(1 << 10), **gzip) is grpc.StatusCode.OK
 
 
-def test_more_than_fits_is_refused_and_the_next_call_is_answered(models):
+def test_more_than_fits_is_refused_and_the_next_call_is_answered(serving):
     """Bytes and streams beyond the limits are RESOURCE_EXHAUSTED at once, and end nothing else."""
-    with serving(models, max_bytes=1 << 16, max_streams=1) as server, calling(server) as (stub, _):
+    with serving(max_bytes=1 << 16, max_streams=1) as server, calling(server) as (stub, _):
         assert code(stub.ModelInfer, numbers(1 << 14)) is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert code(stub.ModelInfer, numbers(1)) is grpc.StatusCode.OK
 
@@ -607,9 +616,9 @@ def test_more_than_fits_is_refused_and_the_next_call_is_answered(models):
         assert code(stub.ModelStreamInfer, iter([numbers(1)])) is grpc.StatusCode.OK
 
 
-def test_a_refused_example_is_not_kept(models):
+def test_a_refused_example_is_not_kept(serving):
     """An error that is told holds nothing of its request, which would else stay until a garbage collection."""
-    with serving(models) as server, calling(server) as (stub, _):
+    with serving() as server, calling(server) as (stub, _):
         assert code(stub.ModelInfer, picture(png("red"))) is grpc.StatusCode.OK
         bad = picture(bytes(1 << 20))
         gc.collect()
@@ -624,3 +633,13 @@ def test_a_refused_example_is_not_kept(models):
             gc.enable()
 
     assert grown < 3 << 20
+
+
+def test_refused_calls_are_in_the_metrics(serving, files):
+    """By why they were refused."""
+    with serving(http_port=0, **files) as server, calling(server) as (stub, _):
+        assert code(stub.ModelInfer, numbers(1)) is grpc.StatusCode.UNAUTHENTICATED
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+
+    assert 'edgeward_refused_calls_total{reason="unauthenticated"} 1.0' in lines
