@@ -1,5 +1,7 @@
 """Both clients, where servers and networks fail: attempts, deadlines, order, credentials, answers that are none."""
 
+import subprocess
+import sys
 from itertools import count
 from types import SimpleNamespace
 
@@ -322,3 +324,14 @@ def test_files_of_tls_are_read_at_once(tmp_path):
         Client("a:1", tls=Tls(ca=tmp_path / "notes.txt"))
     with pytest.raises(BadInput, match="together or not at all"):
         Client("a:1", tls=Tls(cert=tmp_path / "notes.txt"))
+
+
+def test_the_clients_need_grpcio_protobuf_and_numpy_alone():
+    """Nothing else that the server or the command installs is imported."""
+    others = ["PIL", "cyclopts", "grpc_health", "grpc_reflection", "msgspec", "onnxruntime", "prometheus_client"]
+    others += ["rich", "structlog", "tokenizers", "watchfiles"]
+    program = f"import sys; sys.modules.update(dict.fromkeys({others})); import serve.client, serve.aio_client"
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    assert (done.returncode, done.stderr) == (0, "")
