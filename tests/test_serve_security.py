@@ -454,8 +454,9 @@ def test_a_path_that_no_socket_can_have_is_an_error(tmp_path):
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     write_image_bundle(root / "colour" / "1")
-    (root / "echo" / "1").mkdir(parents=True)
-    (root / "echo" / "1" / "model.onnx").write_bytes(identity(np.float32, [None, 2]))
+    for name, dtype in [("echo", np.float32), ("long", np.int64)]:
+        (root / name / "1").mkdir(parents=True)
+        (root / name / "1" / "model.onnx").write_bytes(identity(dtype, [None, 2]))
     return root
 
 
@@ -598,6 +599,16 @@ def test_a_message_that_inflates_beyond_the_limit_is_refused(serving):
     with serving(max_message_bytes=1 << 20) as server, calling(server) as (stub, _):
         assert code(stub.ModelInfer, numbers(1 << 19), **gzip) is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert code(stub.ModelInfer, numbers(1 << 10), **gzip) is grpc.StatusCode.OK
+
+
+def test_an_answer_above_the_limit_is_refused(serving):
+    """A byte for each zero of the request, and eight of the answer; the next call is answered."""
+    request = pb.ModelInferRequest(model_name="long")
+    request.inputs.add(name="x", datatype="INT64", shape=[1 << 15, 2]).contents.int64_contents.extend([0] * (1 << 16))
+    with serving(max_message_bytes=1 << 18) as server, calling(server) as (stub, _):
+        assert code(stub.ModelInfer, request) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert code(stub.ModelStreamInfer, iter([request])) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert code(stub.ModelInfer, numbers(1)) is grpc.StatusCode.OK
 
 
 def test_more_than_fits_is_refused_and_the_next_call_is_answered(serving):
