@@ -19,8 +19,8 @@ POLL_MS = 1000  # only where the environment asks for polling
 class Watcher:
     """A thread that calls `look` when something below the paths has changed.
 
-    The kernel tells of changes. It tells of none that another machine makes on a network file system; there the
-    environment variable WATCHFILES_FORCE_POLLING=1 makes watchfiles compare times once a second.
+    The kernel tells of changes. It tells of none that another machine makes on a network file system; with the
+    environment variable WATCHFILES_FORCE_POLLING=1 there is a look every second besides.
     """
 
     def __init__(self, paths: Sequence[Path], look: Callable[[], None]) -> None:
@@ -62,7 +62,7 @@ class Watcher:
         with RustNotify(folders, False, polling, POLL_MS, False, True) as notify:
             self._look_once()
             while True:
-                changes = notify.watch(LONGEST_MS, QUIET_MS, 0, self._stop)
+                changes = notify.watch(LONGEST_MS, QUIET_MS, POLL_MS if polling else 0, self._stop)
                 if isinstance(changes, str) or any(self._holds(Path(changed)) for _, changed in changes):
                     return
                 if [_identity(path) for path in self._paths] != before:  # a link or a folder on the way was replaced

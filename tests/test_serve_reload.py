@@ -219,6 +219,16 @@ def test_what_happens_beside_a_path_is_no_reason_to_look(tmp_path, watch, looks,
     assert looks.made.empty()
 
 
+def test_disk_that_tells_nothing_is_looked_at_every_second(tmp_path, watch, looks, monkeypatch):
+    """Where polling is asked for, as on a network file system, looks come without a change."""
+    monkeypatch.setenv("WATCHFILES_FORCE_POLLING", "1")
+    monkeypatch.setattr("serve.reload.POLL_MS", 50)
+    watch(tmp_path)
+
+    looks.wait()
+    looks.wait()
+
+
 def test_looks_come_one_after_another(tmp_path, watch, looks):
     """All looks come from one thread, which ends when it is told to."""
     watcher = watch(tmp_path)
