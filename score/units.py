@@ -48,6 +48,16 @@ class Settings(Record, frozen=True, kw_only=True):
     chunk: int  # rows that are read and preprocessed together
 
 
+class Trial(Record, frozen=True, kw_only=True):
+    """How fast some settings were on the first rows."""
+
+    processes: int
+    threads: int
+    batch: int
+    decoders: int
+    rows_per_s: float
+
+
 class Plan(Record, frozen=True, kw_only=True):
     """Everything that a run does. It is written before the first unit, and a run that goes on reads it."""
 
@@ -57,6 +67,7 @@ class Plan(Record, frozen=True, kw_only=True):
     files: tuple[InputFile, ...]
     units: tuple[Unit, ...]
     settings: Settings | None = None
+    trials: tuple[Trial, ...] = ()  # that the settings were chosen by
 
     @property
     def rows(self) -> int:
@@ -106,6 +117,9 @@ class UnitReport(Record, frozen=True, kw_only=True):
     counts: Counts
     seconds: dict[str, float]  # read, preprocess, run, write: time that each stage worked on it
     bytes: int  # of the part
+    process: str = ""  # HOST:PID, and what it had cost by then, as score.usage measures it:
+    cpu_s: float = 0.0  # of all its threads
+    peak_rss: int = 0  # bytes
 
 
 class Success(Record, frozen=True, kw_only=True):
