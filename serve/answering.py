@@ -4,7 +4,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from itertools import count
 from typing import Any, Protocol
 
@@ -188,7 +187,6 @@ class Work:
         self._inference: Inference | None = None
         self._outcome: Outcome | None = None
         self._hold: Hold | None = None
-        self._call = ExitStack()
         self._arrivals = count()
 
     def start(self, request: pb.ModelInferRequest, size: int, metadata: Metadata, deadline: float | None) -> None:
@@ -201,9 +199,9 @@ class Work:
             deadline: of the call, in time.monotonic().
         """
         try:
-            self._hold = self._admission.request(size + shared_bytes(request))
-            call = self._service.call(request, metadata, self._done, deadline)
-            self._inference = self._call.enter_context(call)
+            size += shared_bytes(request)
+            self._hold = self._admission.request(size)
+            self._inference = self._service.begin(request, metadata, self._done, deadline, size=size)
         except Exception as error:
             self._end(None, error)
         else:
@@ -229,13 +227,13 @@ class Work:
             return
         assert self._inference is not None
         assert self._outcome is not None
+        response, failure = None, None
         try:
-            with self._call:
-                response = self._inference.answer(self._outcome)
+            response = self._inference.answer(self._outcome)
         except Exception as error:
-            self._end(None, error)
-        else:
-            self._end(response, None)
+            failure = error
+        self._service.end(self._inference, failure)
+        self._end(response, failure)
 
     def _end(self, response: pb.ModelInferResponse | None, error: Exception | None) -> None:
         self.response, self.error, self.ended = response, error, True

@@ -24,6 +24,7 @@ class Inference:
     Attributes:
         served: the model that takes it, once it is queued.
         job: what was queued.
+        trace: for the caller.
     """
 
     def __init__(
@@ -32,20 +33,31 @@ class Inference:
         regions: Regions,
         done: Callable[[Outcome], None],
         deadline: float | None,
+        *,
+        size: int = 0,
     ) -> None:
         """Read what does not depend on the model.
+
+        Args:
+            request: as it came.
+            regions: of shared memory.
+            done: called once, from any thread, with what `answer` takes.
+            deadline: time.monotonic() when nobody waits for the answer any more.
+            size: bytes of the request, which may then run in the caller's thread if it is likely to be short; 0: not.
 
         Raises:
             BadInput, NotSupported: the request's parameters.
         """
         self._request, self._regions, self._done, self._deadline = request, regions, done, deadline
+        self._size = size
         self._options = read_request(request.parameters)
         self._wanted: list[Wanted] = []
         self.served: Served | None = None
         self.job: Job | None = None
+        self.trace: Any = None
 
     def queue(self, served: Served) -> None:
-        """Check the request against a model, and let it wait for its run.
+        """Check the request against a model, and let it wait for its run, or run it.
 
         Raises:
             BadInput: the request does not fit the model.
@@ -69,8 +81,11 @@ class Inference:
             level=self._options.priority,
             timeout_s=self._options.timeout_s,
             deadline=self._deadline,
+            size=self._size,
         )
-        served.scheduler.submit(self.job)
+        scheduler = served.scheduler
+        if not (self._size and scheduler.is_short(self.job) and scheduler.try_inline(self.job)):
+            scheduler.submit(self.job)
 
     def answer(self, outcome: Outcome) -> pb.ModelInferResponse:
         """What `done` was given, as the response.

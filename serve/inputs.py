@@ -57,10 +57,14 @@ def read_inputs(
 
 
 def shared_bytes(request: pb.ModelInferRequest) -> int:
-    """The bytes that a request takes beside its message: of inputs in shared memory, as it claims them."""
+    """The bytes that a request takes beside its message: of inputs in shared memory, as it claims them.
+
+    A claim beyond MAX_BYTES is not counted: `read_inputs` refuses it before it takes any.
+    """
     key = "shared_memory_byte_size"
     sizes = [tensor.parameters[key] for tensor in request.inputs if key in tensor.parameters]
-    return sum(max(size.int64_param, size.uint64_param, 0) for size in sizes)
+    claims = [max(size.int64_param, size.uint64_param, 0) for size in sizes]
+    return sum(claim for claim in claims if claim <= MAX_BYTES)
 
 
 def _place(tensor: Tensor) -> Place | None:

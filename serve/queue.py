@@ -91,6 +91,8 @@ class Job:
     """How long it may wait in the queue; None or 0: as long as the policy says."""
     deadline: float | None = None
     """In time.monotonic(); it is dropped when this has passed before the run."""
+    size: int = 0
+    """Bytes of the request."""
     trace: Any = None
     """For the caller."""
     times: Times = field(default_factory=Times)

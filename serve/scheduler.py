@@ -13,14 +13,17 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from bundle.errors import BadInput
-from serve.batch import Outcome, Runs, run_batch
+from serve.batch import Outcome, Runs, run_alone, run_batch
 from serve.errors import Cancelled, Closed, DeadlineExceeded, QueueFull, TimedOut
+from serve.pace import Pace
 from serve.queue import Job, Policy, Queue, Times
 from serve.statistics import Reason, Statistics
 
 __all__ = ["Job", "Policy", "Runs", "Scheduler", "Times"]
 
 log = structlog.get_logger()
+
+HAND_OVER_NS = 200_000  # what another thread costs a request, in latency and in the time of both
 
 _REASONS: dict[type[Exception], Reason] = {
     Closed: "rejected",
@@ -41,6 +44,7 @@ class Scheduler:
         self._model = model
         self._policy = policy
         self._statistics = statistics
+        self._pace = Pace()
         self._queue = Queue(model.name, policy)
         self._lock = threading.Lock()  # guards the queue and all that follows
         self._work = threading.Condition(self._lock)  # a job came, an instance became free, or it was closed
@@ -90,6 +94,10 @@ class Scheduler:
         except QueueFull:
             self._statistics.failed("rejected", 0)
             raise
+
+    def is_short(self, job: Job) -> bool:
+        """Whether a job is likely to run for less time than it costs to hand it to another thread."""
+        return self._pace.expect_ns(job.size) < HAND_OVER_NS
 
     def try_inline(self, job: Job) -> bool:
         """Run a job in this thread, when nothing waits and an instance is free; else do nothing.
@@ -205,8 +213,14 @@ class Scheduler:
         return batch, None
 
     def _execute(self, batch: Sequence[Job]) -> None:
-        for job, outcome in run_batch(self._model, batch, self._policy.sizes, self._statistics):
-            self._finish(job, outcome)
+        if len(batch) == 1:
+            (job,) = batch
+            self._finish(job, run_alone(self._model, job, self._policy.sizes, self._statistics))
+            if job.times.ran:
+                self._pace.saw(job.size, job.times.ended - job.times.started)
+        else:
+            for job, outcome in run_batch(self._model, batch, self._policy.sizes, self._statistics):
+                self._finish(job, outcome)
         with self._lock:
             self._busy -= 1
             if self._queue:
@@ -243,7 +257,7 @@ class Scheduler:
             log.error("outcome lost", model=self._model.name, exc_info=error)
         with self._lock:
             self._open -= 1
-            if not self._open:
+            if self._closed and not self._open:
                 self._ended.notify_all()
 
 

@@ -36,7 +36,7 @@ from serve.shared_memory import Regions
 from serve.statistics import as_message
 
 if TYPE_CHECKING:
-    from serve.tracing import Begun, Tracer
+    from serve.tracing import Tracer
 
 log = structlog.get_logger()
 
@@ -97,7 +97,8 @@ class Service:
         self._version = version("edgeward")
         self._draining = False
         self._running = 0
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # a call ended
 
     def ServerLive(self, request: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
         """True wherever it can be asked."""
@@ -243,38 +244,70 @@ class Service:
         Raises:
             EdgewardError: the server is stopping, there is no such model, or the request does not fit it.
         """
-        begun = self._tracer.begin(metadata) if self._tracer else None
-        inference, code = Inference(request, self._regions, done, deadline), grpc.StatusCode.OK
+        inference = self.begin(request, metadata, done, deadline)
+        try:
+            yield inference
+        except BaseException as error:
+            self.end(inference, error)
+            raise
+        self.end(inference, None)
+
+    def begin(
+        self,
+        request: pb.ModelInferRequest,
+        metadata: Metadata,
+        done: Callable[[Outcome], None],
+        deadline: float | None,
+        *,
+        size: int = 0,
+    ) -> Inference:
+        """As `call`, for those who cannot wait within a block: what was begun is to be ended once.
+
+        Args:
+            request: see `call`, as are metadata, done and deadline.
+            metadata: of the call.
+            done: may be called before this returns.
+            deadline: time.monotonic().
+            size: bytes of the request, which may then run in this thread if it is likely to be short; 0: not.
+
+        Raises:
+            EdgewardError: see `call`; then nothing was begun.
+        """
+        inference = Inference(request, self._regions, done, deadline, size=size)
+        if self._tracer:
+            inference.trace = self._tracer.begin(metadata)
         self._enter()
         try:
             self._repository.call(request.model_name, request.model_version, inference.queue)
-            yield inference
         except BaseException as error:
-            code = code_of(error)
+            self.end(inference, error)
             raise
-        finally:
-            self._leave()
-            if begun or logs.logs_requests():
-                self._tell(inference, code, begun)
+        return inference
+
+    def end(self, inference: Inference, error: BaseException | None) -> None:
+        """Count, log and trace what was begun, and what became of it."""
+        self._leave()
+        if inference.trace or logs.logs_requests():
+            self._tell(inference, code_of(error) if error else grpc.StatusCode.OK)
 
     def _enter(self) -> None:
-        with self._changed:
+        with self._lock:
             if self._draining:
                 raise NotReady("the server is stopping and takes no new calls")
             self._running += 1
 
     def _leave(self) -> None:
-        with self._changed:
+        with self._lock:
             self._running -= 1
             if self._draining:
                 self._changed.notify_all()
 
-    def _tell(self, inference: Inference, code: grpc.StatusCode, begun: "Begun | None") -> None:
+    def _tell(self, inference: Inference, code: grpc.StatusCode) -> None:
         facts = inference.facts()
         if logs.logs_requests():
             logs.log_request(**facts, code=code)
-        if self._tracer and begun:
-            self._tracer.end(begun, **facts, code=code)
+        if self._tracer and inference.trace:
+            self._tracer.end(inference.trace, **facts, code=code)
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new inference calls and wait for the running ones; whether all of them ended in time."""

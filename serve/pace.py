@@ -1,0 +1,40 @@
+"""How long requests to a model take, from those before."""
+
+import math
+from collections import deque
+from statistics import fmean
+
+_KNOWN = 16  # requests that an estimate is made of
+_EVERY = 4  # how many requests it is kept for
+
+
+class Pace:
+    """The lower quartile of the last durations: others may hold a request up, but nobody speeds it up.
+
+    Made for one writer at a time, harmless with more.
+    """
+
+    def __init__(self) -> None:
+        self._last_ns: deque[int] = deque(maxlen=_KNOWN)
+        self._sizes: deque[int] = deque(maxlen=_KNOWN)
+        self._seen = 0
+        self._ns = math.inf
+        self._size = 1.0
+
+    def saw(self, size: int, ns: int) -> None:
+        """Take a request into account.
+
+        Args:
+            size: of it, bytes.
+            ns: how long it took.
+        """
+        self._last_ns.append(ns)
+        self._sizes.append(size)
+        self._seen += 1
+        if self._seen % _EVERY == 0:
+            self._ns = sorted(self._last_ns)[len(self._last_ns) // 4]
+            self._size = max(1.0, fmean(self._sizes))
+
+    def expect_ns(self, size: int) -> float:
+        """How long a request will take: as those before, and as much longer as it is larger; inf: nobody knows."""
+        return self._ns * max(1.0, size / self._size)
