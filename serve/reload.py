@@ -2,17 +2,19 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import structlog
-from watchfiles._rust_notify import RustNotify
+from watchfiles import watch
 
 log = structlog.get_logger()
 
 DEPTH = 2  # folders NAME/VERSION below a path
 QUIET_MS, LONGEST_MS = 100, 1600  # a look follows so long after the last change, or after the first if they do not end
 RETRY_S = 5.0
+WAKE_MS = 100  # of the thread, to see whether it is to stop
 POLL_MS = 1000  # only where the environment asks for polling
 
 
@@ -59,14 +61,29 @@ class Watcher:
         folders = sorted({str(folder) for path in self._paths for folder in _folders(path)})
         polling = bool(os.environ.get("WATCHFILES_FORCE_POLLING"))
         before = [_identity(path) for path in self._paths]
-        with RustNotify(folders, False, polling, POLL_MS, False, True) as notify:
-            self._look_once()
-            while True:
-                changes = notify.watch(LONGEST_MS, QUIET_MS, POLL_MS if polling else 0, self._stop)
-                if isinstance(changes, str) or any(self._holds(Path(changed)) for _, changed in changes):
-                    return
-                if [_identity(path) for path in self._paths] != before:  # a link or a folder on the way was replaced
-                    return
+        seen = watch(
+            *folders,
+            watch_filter=None,
+            debounce=LONGEST_MS,
+            step=QUIET_MS,
+            stop_event=self._stop,
+            rust_timeout=WAKE_MS,
+            yield_on_timeout=True,
+            raise_interrupt=False,
+            poll_delay_ms=POLL_MS,
+            recursive=False,
+            ignore_permission_denied=True,
+        )
+        next(seen, None)  # from here on it watches
+        self._look_once()
+        woken = time.monotonic()
+        for changes in seen:
+            if any(self._holds(Path(changed)) for _, changed in changes):
+                return
+            if [_identity(path) for path in self._paths] != before:  # a link or a folder on the way was replaced
+                return
+            if polling and time.monotonic() - woken >= POLL_MS / 1e3:
+                return
 
     def _look_once(self) -> None:
         try:
