@@ -31,12 +31,17 @@ def encoder(spec: Input, read: Callable[[str], bytes]) -> Encode:
         case ImageInput():
             return lambda raw: image.preprocess(raw, spec)
         case WordsInput():
-            dictionary = read(words.DICTIONARY) if spec.segmenter == "jieba" else None
-            return _shared(words.WordsEncoder, spec, read(words.VOCABULARY), dictionary).encode
+            return words_encoder(spec, read).encode
         case VectorInput():
             return lambda raw: vector.decode(raw, spec)
         case TensorsInput():
             return lambda raw: tensors.decode(raw, spec)
+
+
+def words_encoder(spec: WordsInput, read: Callable[[str], bytes]) -> words.WordsEncoder:
+    """What encodes one text after the other; see encoder."""
+    dictionary = read(words.DICTIONARY) if spec.segmenter == "jieba" else None
+    return _shared(words.WordsEncoder, spec, read(words.VOCABULARY), dictionary)
 
 
 def _shared(kind: Callable[..., Encoder], spec: TextInput | WordsInput, *files: bytes | None) -> Encoder:

@@ -33,7 +33,7 @@ class WordsEncoder:
         """
         self.spec = spec
         self._ids = _read_vocabulary(vocabulary)
-        self._segment = segmenter(spec, dictionary)
+        self.segment = segmenter(spec, dictionary)
 
     def encode(self, raw: bytes) -> np.ndarray:
         """The known words of one UTF-8 text as int64 ids (length,), at most spec.max_words, perhaps none.
@@ -41,7 +41,7 @@ class WordsEncoder:
         Raises:
             BadInput: the bytes are not UTF-8, or more than spec.max_bytes.
         """
-        words = self._segment(decode(raw, self.spec.max_bytes))
+        words = self.segment(decode(raw, self.spec.max_bytes))
         known = (self._ids[word] for word in words if word in self._ids)
         return np.fromiter(islice(known, self.spec.max_words), dtype=np.int64)
 
