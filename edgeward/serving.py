@@ -17,9 +17,9 @@ from bundle.errors import BadInput
 from bundle.tensor import NUMPY_TYPES, TensorSpec, conform
 from edgeward.result import give
 from serve import logs
-from serve.channel import Tls
 from serve.client import Client
-from serve.columns import Raws
+from serve.client.channel import Tls
+from serve.client.columns import Raws
 from serve.config import ServeConfig
 from serve.server import serve as run_server
 

@@ -4,7 +4,7 @@ import asyncio
 import inspect
 from contextlib import contextmanager
 
-from serve.aio_client import AioClient
+from serve.client.aio import AioClient
 
 
 class BlockingAioClient:

@@ -7,8 +7,8 @@ import threading
 import grpc
 import pytest
 
-from serve.aio_client import AioClient
 from serve.client import Client
+from serve.client.aio import AioClient
 from serve.errors import ServerError
 from tests.protocol_server import serving
 

@@ -10,12 +10,12 @@ import pytest
 from bundle.errors import BadInput, EdgewardError
 from bundle.tensor import TensorSpec
 from edgeward.__main__ import run
-from serve.calls import Class, Health
 from serve.client import Client
-from serve.columns import MAX_BYTES, cut
+from serve.client.calls import Class, Health
+from serve.client.columns import MAX_BYTES, cut
+from serve.client.region import Region
 from serve.config import ServeConfig
 from serve.errors import ServerError
-from serve.region import Region
 from serve.server import start
 from tests.blocking import BlockingAioClient
 from tests.certificates import write_certificates

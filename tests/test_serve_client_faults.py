@@ -11,9 +11,9 @@ import pytest
 
 from bundle.errors import BadInput
 from protos import inference_pb2 as pb
-from serve.calls import Health
-from serve.channel import Tls
 from serve.client import Client
+from serve.client.calls import Health
+from serve.client.channel import Tls
 from serve.errors import ServerError
 from tests.blocking import BlockingAioClient
 from tests.certificates import write_certificates
@@ -154,8 +154,8 @@ def test_no_examples_are_one_request(client, server):
 def test_requests_of_one_predict_share_its_deadline(kind, server, monkeypatch):
     """Each is given what the ones before have left; here, time goes by in steps of four seconds."""
     clock = SimpleNamespace(monotonic=count(0, 4).__next__)
-    monkeypatch.setattr("serve.client.time", clock)
-    monkeypatch.setattr("serve.aio_client.time", clock)
+    monkeypatch.setattr("serve.client.blocking.time", clock)
+    monkeypatch.setattr("serve.client.aio.time", clock)
     with kind(server.address, max_rows=1, parallel=1) as client:
         client.predict("m", ["a", "b", "c"], timeout_s=20)
 
@@ -330,7 +330,7 @@ def test_the_clients_need_grpcio_protobuf_and_numpy_alone():
     """Nothing else that the server or the command installs is imported."""
     others = ["PIL", "cyclopts", "grpc_health", "grpc_reflection", "msgspec", "onnxruntime", "prometheus_client"]
     others += ["rich", "structlog", "tokenizers", "watchfiles"]
-    program = f"import sys; sys.modules.update(dict.fromkeys({others})); import serve.client, serve.aio_client"
+    program = f"import sys; sys.modules.update(dict.fromkeys({others})); import serve.client, serve.client.aio"
 
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 

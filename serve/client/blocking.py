@@ -1,6 +1,6 @@
 """The client: raw examples or tensors to a server, answers back. Needs grpcio, protobuf and numpy only.
 
-serve/aio_client.py is the same for asyncio.
+serve/client/aio.py is the same for asyncio.
 """
 
 import time
@@ -14,12 +14,12 @@ import grpc
 import numpy as np
 
 from protos import inference_pb2 as pb
-from serve import calls
-from serve.calls import Answer, Call, Class, Health, Parameters, Tensors
-from serve.channel import ATTEMPTS, Tls, resolve
-from serve.columns import ModelMetadata, Raws, check_batching, cut, join, to_columns
+from serve.client import calls
+from serve.client.calls import Answer, Call, Class, Health, Parameters, Tensors
+from serve.client.channel import ATTEMPTS, Tls, resolve
+from serve.client.columns import ModelMetadata, Raws, check_batching, cut, join, to_columns
+from serve.client.region import Region, SharedTensor
 from serve.errors import ServerError
-from serve.region import Region, SharedTensor
 
 
 class Client:
@@ -27,7 +27,7 @@ class Client:
 
     What the server refuses, fails at or does not answer is a ServerError with the gRPC status. While it is
     UNAVAILABLE, calls that may be made twice are made again, within the call's deadline, with pauses that grow at
-    random, and for at most a tenth of the calls (serve/channel.py).
+    random, and for at most a tenth of the calls (serve/client/channel.py).
     """
 
     def __init__(

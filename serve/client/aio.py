@@ -1,4 +1,4 @@
-"""The client of serve/client.py for asyncio: the same calls, to be awaited."""
+"""The client of serve/client/blocking.py for asyncio: the same calls, to be awaited."""
 
 import asyncio
 import time
@@ -13,12 +13,12 @@ import grpc.aio
 import numpy as np
 
 from protos import inference_pb2 as pb
-from serve import calls
-from serve.calls import Answer, Call, Class, Health, Parameters, Tensors
-from serve.channel import ATTEMPTS, Tls, resolve
-from serve.columns import ModelMetadata, Raws, check_batching, cut, join, to_columns
+from serve.client import calls
+from serve.client.calls import Answer, Call, Class, Health, Parameters, Tensors
+from serve.client.channel import ATTEMPTS, Tls, resolve
+from serve.client.columns import ModelMetadata, Raws, check_batching, cut, join, to_columns
+from serve.client.region import Region, SharedTensor
 from serve.errors import ServerError
-from serve.region import Region, SharedTensor
 
 
 class AioClient:

@@ -15,9 +15,9 @@ from bundle.errors import BadInput
 from bundle.tensor import NUMPY_TYPES, TensorSpec
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as rpc
-from serve.columns import ModelMetadata
+from serve.client.columns import ModelMetadata
+from serve.client.region import Region, SharedTensor
 from serve.errors import ServerError
-from serve.region import Region, SharedTensor
 from serve.tensors import datatype_of, from_raw, to_raw
 
 Answer = TypeVar("Answer")
