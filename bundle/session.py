@@ -1,58 +1,29 @@
 """The only place where an ONNX Runtime session is made; the gate, the server, the scorer and the benchmarks run it."""
 
-import ctypes
 import json
 import os
 import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import structlog
 
-from bundle import weights
-from bundle.errors import DeviceUnavailable, MissingExtra, ModelError
+from bundle import bfloat16, cuda, weights
+from bundle.errors import DeviceUnavailable, ModelError
 from bundle.host import cpu_count, products_saturate
-from bundle.tensor import NUMPY_TYPES, TensorSpec
-
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import, which already writes below HOME; "" and "0" leave it on
-try:
-    import onnxruntime
-except ImportError as error:
-    raise MissingExtra(
-        "onnxruntime is not installed. Install one of: pip install 'edgeward[cpu]', pip install 'edgeward[cuda]'."
-    ) from error
+from bundle.pinned import Memory
+from bundle.runtime import DATATYPES, onnxruntime
+from bundle.tensor import TensorSpec
 
 log = structlog.get_logger()
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 
-_PROVIDERS = {
-    "cpu": ["CPUExecutionProvider"],
-    "cuda": ["CUDAExecutionProvider"],
-    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider"],  # CUDA runs what TensorRT cannot
-}
-_DATATYPES = {
-    "tensor(bool)": "BOOL",
-    "tensor(int8)": "INT8",
-    "tensor(int16)": "INT16",
-    "tensor(int32)": "INT32",
-    "tensor(int64)": "INT64",
-    "tensor(uint8)": "UINT8",
-    "tensor(uint16)": "UINT16",
-    "tensor(uint32)": "UINT32",
-    "tensor(uint64)": "UINT64",
-    "tensor(float16)": "FP16",
-    "tensor(bfloat16)": "BF16",
-    "tensor(float)": "FP32",
-    "tensor(double)": "FP64",
-    "tensor(string)": "BYTES",
-}
-
-_BFLOAT16 = 16  # in ONNX's TensorProto.DataType
 _SLOW = {"cpu": ["SkipLayerNormFusion"]}  # optimisations whose kernels are slower there than what they replace
 _KERNEL = "_kernel_time"  # ends the name of a profile's event that is a node's
 
@@ -68,7 +39,14 @@ class Session:
     """
 
     def __init__(
-        self, graph: bytes, *, device: Device = "auto", threads: int | None = None, optimize: bool = True
+        self,
+        graph: bytes,
+        *,
+        device: Device = "auto",
+        threads: int | None = None,
+        optimize: bool = True,
+        gpu_memory_bytes: int | None = None,
+        batch_sizes: Sequence[int] = (),
     ) -> None:
         """Load and optimise a graph.
 
@@ -78,25 +56,19 @@ class Session:
                 anew at every start, as files of them could not be verified.
             threads: of one run on the CPU; by default all the cores that this process may use.
             optimize: False leaves the graph as it was exported, to tell the exporter's faults from the runtime's.
+            gpu_memory_bytes: most that this session may take on a GPU; by default all that is free.
+            batch_sizes: numbers of rows that most runs have. On CUDA such a run is one CUDA graph, where the whole
+                graph can be captured; where it cannot, the log says why.
 
         Raises:
             DeviceUnavailable: a GPU was asked for and cannot be used.
             ModelError: the runtime cannot load the graph.
         """
         self.threads = cpu_count() if threads is None else max(1, threads)
-        self.device, self._session = _start(graph, device, self.threads, optimize)
-        taken, replaceable = self._session.get_inputs(), self._session.get_overridable_initializers()
-        self.inputs = tuple(_spec(node, "input") for node in taken if not _is_optional(node))
-        self.optional = (
-            *(_spec(node, "input") for node in taken if _is_optional(node)),
-            *(_spec(node, "input") for node in replaceable if node.type in _DATATYPES),
-        )
-        self.outputs = tuple(_spec(node, "output") for node in self._session.get_outputs())
+        load = partial(_load, graph, threads=self.threads, optimize=optimize, memory_bytes=gpu_memory_bytes)
+        self.device, self._session, self._run = _start(load, device, batch_sizes)
+        self.inputs, self.optional, self.outputs = _signature(self._session)
         self._output_names = [spec.name for spec in self.outputs]
-        self._run = self._session.run
-        if "BF16" in {spec.datatype for spec in (*self.inputs, *self.optional, *self.outputs)}:
-            _check_no_strings((*self.inputs, *self.optional))
-            self._run = partial(_run_bfloat16, self._session)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name.
@@ -132,7 +104,7 @@ def optimized(graph: bytes, *, level: Literal["basic", "all"] = "all") -> bytes:
             onnxruntime.InferenceSession(
                 graph,
                 sess_options=options,
-                providers=_PROVIDERS["cpu"],
+                providers=cuda.providers("cpu"),
                 enable_fallback=0,
                 disabled_optimizers=_SLOW["cpu"],
             )
@@ -161,7 +133,7 @@ def node_times(graph: bytes, feeds: Sequence[Mapping[str, np.ndarray]], *, threa
             session = onnxruntime.InferenceSession(
                 graph,
                 sess_options=options,
-                providers=_PROVIDERS["cpu"],
+                providers=cuda.providers("cpu"),
                 enable_fallback=0,
                 disabled_optimizers=_SLOW["cpu"],
             )
@@ -176,24 +148,79 @@ def node_times(graph: bytes, feeds: Sequence[Mapping[str, np.ndarray]], *, threa
     return {name: float(np.median(each[-len(feeds) :])) for name, each in times.items()}
 
 
+class _Signature(NamedTuple):
+    inputs: tuple[TensorSpec, ...]
+    optional: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class _Load(Protocol):
+    def __call__(self, *, device: str, capture: bool = False) -> onnxruntime.InferenceSession: ...
+
+
 def _start(
-    graph: bytes, device: Device, threads: int, optimize: bool
-) -> tuple[Literal["cpu", "cuda", "tensorrt"], onnxruntime.InferenceSession]:
+    load: _Load, device: Device, sizes: Sequence[int]
+) -> tuple[Literal["cpu", "cuda", "tensorrt"], onnxruntime.InferenceSession, cuda.Run]:
     if device != "auto":
-        return device, _load(graph, device, threads, optimize)
+        return device, *_open(load, device, sizes)
     try:
-        return "cuda", _load(graph, "cuda", threads, optimize)
+        return "cuda", *_open(load, "cuda", sizes)
     except DeviceUnavailable as error:
         log.info("device chosen", device="cpu", because=str(error))
-        return "cpu", _load(graph, "cpu", threads, optimize)
+        return "cpu", *_open(load, "cpu", sizes)
 
 
-def _load(graph: bytes, device: str, threads: int, optimize: bool) -> onnxruntime.InferenceSession:
-    providers = _PROVIDERS[device]
-    available = onnxruntime.get_available_providers()
-    if providers[0] not in available:
+def _open(load: _Load, device: str, sizes: Sequence[int]) -> tuple[onnxruntime.InferenceSession, cuda.Run]:
+    """A session, and how it is run."""
+    if device == "cuda" and sizes:
+        try:
+            return _captured(load, sizes)
+        except ModelError as error:
+            log.info("no CUDA graphs", because=str(error))
+    session = load(device=device)
+    run = _run(session, device)
+    return session, run if device == "cpu" else cuda.shared(run)
+
+
+def _captured(load: _Load, sizes: Sequence[int]) -> tuple[onnxruntime.InferenceSession, cuda.Run]:
+    session = load(device="cuda", capture=True)
+    inputs, _, outputs = _signature(session)
+    return session, cuda.shared(cuda.CapturedRuns(session, Memory(), inputs, outputs, sizes).run)
+
+
+def _run(session: onnxruntime.InferenceSession, device: str) -> cuda.Run:
+    signature = _signature(session)
+    datatypes = {spec.datatype for specs in signature for spec in specs}
+    if "BF16" in datatypes:
+        bfloat16.check_no_strings((*signature.inputs, *signature.optional))
+        return partial(bfloat16.run, session)
+    if device == "cpu" or "BYTES" in datatypes:  # strings never lie on a GPU
+        run: cuda.Run = session.run
+        return run
+    return cuda.bound_run(session, Memory())
+
+
+def _signature(session: onnxruntime.InferenceSession) -> _Signature:
+    taken, replaceable = session.get_inputs(), session.get_overridable_initializers()
+    optional = (
+        *(_spec(node, "input") for node in taken if _is_optional(node)),
+        *(_spec(node, "input") for node in replaceable if node.type in DATATYPES),
+    )
+    return _Signature(
+        tuple(_spec(node, "input") for node in taken if not _is_optional(node)),
+        optional,
+        tuple(_spec(node, "output") for node in session.get_outputs()),
+    )
+
+
+def _load(
+    graph: bytes, *, device: str, threads: int, optimize: bool, memory_bytes: int | None, capture: bool = False
+) -> onnxruntime.InferenceSession:
+    providers = cuda.providers(device, memory_bytes=memory_bytes, capture=capture)
+    wanted, available = providers[0][0], onnxruntime.get_available_providers()
+    if wanted not in available:
         raise DeviceUnavailable(
-            f"this onnxruntime has no {providers[0]}, only {', '.join(available)}. "
+            f"this onnxruntime has no {wanted}, only {', '.join(available)}. "
             "For CUDA: pip uninstall onnxruntime; pip install 'edgeward[cuda]'."
         )
     if device != "cpu" and hasattr(onnxruntime, "preload_dlls"):
@@ -205,19 +232,21 @@ def _load(graph: bytes, device: str, threads: int, optimize: bool) -> onnxruntim
         read = weights.without_weights(graph, file)
         options.add_external_initializers_from_files_in_memory([file], [graph], [len(graph)])
     try:
-        session = onnxruntime.InferenceSession(
-            read,
-            sess_options=options,
-            providers=providers,
-            enable_fallback=0,
-            disabled_optimizers=_SLOW.get(device),
-        )
+        with nullcontext() if device == "cpu" else cuda.GPU.shared():
+            session = onnxruntime.InferenceSession(
+                read,
+                sess_options=options,
+                providers=providers,
+                enable_fallback=0,
+                disabled_optimizers=_SLOW.get(device),
+            )
     except Exception as error:
         # The provider's own errors are RuntimeErrors; those of a bad graph derive from Exception.
+        limit = "" if device == "cpu" or memory_bytes is None else f" It may take {memory_bytes} bytes of the GPU."
         if device != "cpu" and isinstance(error, RuntimeError):
-            raise DeviceUnavailable(f"{name} cannot be used here: {error}") from error
-        raise ModelError(f"ONNX Runtime cannot load the graph: {error}") from error
-    if session.get_providers()[0] != providers[0]:  # the runtime falls back to the next without an error
+            raise DeviceUnavailable(f"{name} cannot be used here: {error}{limit}") from error
+        raise ModelError(f"ONNX Runtime cannot load the graph: {error}{limit}") from error
+    if session.get_providers()[0] != wanted:  # the runtime falls back to the next without an error
         raise DeviceUnavailable(f"{name} cannot be used here: no GPU, no driver, or no {name} libraries.")
     return session
 
@@ -238,48 +267,16 @@ def _options(threads: int, optimize: bool) -> onnxruntime.SessionOptions:
 
 
 def _is_optional(node: onnxruntime.NodeArg) -> bool:
-    return node.type.startswith("optional(") and node.type[9:-1] in _DATATYPES
-
-
-def _check_no_strings(inputs: Sequence[TensorSpec]) -> None:
-    strings = [spec.name for spec in inputs if spec.datatype == "BYTES"]
-    if strings:
-        raise ModelError(
-            f"the graph has tensors of BF16 and takes {strings[0]!r}, of BYTES: ONNX Runtime cannot be given both from "
-            "Python. Cast one of them in the graph."
-        )
-
-
-def _run_bfloat16(
-    session: onnxruntime.InferenceSession, names: Sequence[str], feeds: Mapping[str, np.ndarray]
-) -> list[np.ndarray]:
-    """As session.run, which knows no bfloat16 because numpy has none: here it is two raw bytes."""
-    values = {name: _ort_value(array) for name, array in feeds.items()}
-    return [_array(value) for value in session.run_with_ort_values(names, values)]
-
-
-def _ort_value(array: np.ndarray) -> onnxruntime.OrtValue:
-    array = np.asarray(array, order="C")
-    if array.dtype != NUMPY_TYPES["BF16"]:
-        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
-    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _BFLOAT16)
-
-
-def _array(value: onnxruntime.OrtValue) -> np.ndarray:
-    if value.data_type() != "tensor(bfloat16)":
-        array: np.ndarray = value.numpy()
-        return array
-    data = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())  # copied: the memory is the value's
-    return np.frombuffer(data, NUMPY_TYPES["BF16"]).reshape(value.shape())
+    return node.type.startswith("optional(") and node.type[9:-1] in DATATYPES
 
 
 def _spec(node: onnxruntime.NodeArg, place: str) -> TensorSpec:
     kind = node.type[9:-1] if place == "input" and _is_optional(node) else node.type
-    if kind not in _DATATYPES:
+    if kind not in DATATYPES:
         raise ModelError(
             f"{place} {node.name!r} is of type {node.type}, which is not supported; what can be taken and given are "
-            f"tensors of {', '.join(_DATATYPES.values())}. Sequences, maps, sparse tensors, float8 and what is smaller "
+            f"tensors of {', '.join(DATATYPES.values())}. Sequences, maps, sparse tensors, float8 and what is smaller "
             "than a byte must stay inside the graph."
         )
     shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
-    return TensorSpec(node.name, _DATATYPES[kind], shape)
+    return TensorSpec(node.name, DATATYPES[kind], shape)
