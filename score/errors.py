@@ -1,0 +1,11 @@
+"""What can stop a run of scoring; bundle.errors has the tree that these belong to."""
+
+from bundle.errors import EdgewardError
+
+
+class TooManyBadRows(EdgewardError):
+    """More rows could not be scored than --max-error-rate allows. The parts that were written stay."""
+
+
+class WorkerDied(EdgewardError):
+    """A process was killed, or crashed, twice on the same unit. The parts that were written stay."""
