@@ -47,28 +47,27 @@ def of_inputs(table: pa.Table, columns: Iterable[str]) -> Drift:
     return drift
 
 
-def of_answers(tasks: tuple[Task, ...], answers: Mapping[str, np.ndarray]) -> Drift:
+def of_logits(tasks: tuple[Task, ...], logits: Mapping[str, np.ndarray]) -> Drift:
     """Predicted labels, confidence, values.
 
     Args:
         tasks: of the bundle.
-        answers: of bundle.outputs.answers, for rows that could be scored.
+        logits: the graph's outputs for rows that could be scored, float32 (N, columns of the task).
     """
     drift: Drift = {}
     for task in tasks:
         name = outputs.prefix(tasks, task)
+        values = logits[f"{name}logits"]
         match task:
             case Multiclass():
-                score = answers[f"{name}score"]
-                counts = np.bincount(answers[f"{name}logits"].argmax(axis=1), minlength=len(task.labels))
-                drift[f"{name}labels"] = tuple(counts.tolist())
-                drift[f"{name}confidence"] = _histogram(score.max(axis=1))
+                drift[f"{name}labels"] = _counts(values.argmax(axis=1), len(task.labels))
+                drift[f"{name}confidence"] = _histogram(outputs.softmax(values).max(axis=1))
             case Multilabel():
-                drift[f"{name}labels"] = tuple(answers[f"{name}predicted"].sum(axis=0).tolist())
-                drift[f"{name}confidence"] = _histogram(answers[f"{name}score"].max(axis=1))
-            case Regression():
-                away = (answers[f"{name}value"][:, 0] - np.float32(task.mean)) / np.float32(task.std or 1.0)
-                drift[f"{name}values"] = _histogram((away + SPREAD) / (2 * SPREAD))
+                score = outputs.sigmoid(values)
+                drift[f"{name}labels"] = tuple((score >= np.float32(task.threshold)).sum(axis=0).tolist())
+                drift[f"{name}confidence"] = _histogram(score.max(axis=1))
+            case Regression():  # standardised, as the graph gives them
+                drift[f"{name}values"] = _histogram((values[:, 0] + SPREAD) / (2 * SPREAD))
     return drift
 
 
@@ -134,8 +133,12 @@ def _unknown_token(tokenizer: bytes) -> int | None:
 def _histogram(fractions: np.ndarray) -> tuple[int, ...]:
     """Counts by BINS equal parts of [0, 1]; what lies outside is in the outermost, what is not a number in none."""
     finite = fractions[~np.isnan(fractions)]
-    places = np.clip(np.floor(finite * BINS), 0, BINS - 1).astype(np.int64)
-    return tuple(np.bincount(places, minlength=BINS).tolist())
+    return _counts(np.clip(np.floor(finite * BINS), 0, BINS - 1).astype(np.int64), BINS)
+
+
+def _counts(numbers: np.ndarray, of: int) -> tuple[int, ...]:
+    """How often each number below `of` is there."""
+    return tuple(np.bincount(numbers, minlength=of).tolist())
 
 
 def _is_text(kind: pa.DataType) -> bool:
