@@ -328,7 +328,7 @@ def test_harmless_parameters_are_accepted(stub):
     request.outputs.add(name="y").parameters["binary_data"].bool_param = True
     request.parameters["triton_enable_empty_final_response"].bool_param = False
     request.parameters["priority"].uint64_param = 1
-    request.parameters["timeout"].int64_param = 1000
+    request.parameters["timeout"].int64_param = 60_000_000
     request.parameters["sequence_id"].int64_param = 0
     request.parameters["sequence_start"].bool_param = False
     request.parameters["mine"].double_param = 0.5
