@@ -1,6 +1,7 @@
 """A bundle on a device: raw examples in, answers out. The one predict path of gate, server and scorer."""
 
 from collections.abc import Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -93,8 +94,22 @@ class Model:
         return outputs.answers(self.manifest.tasks, self.logits(self.rows(raws)))
 
 
-def load_model(path: Path, *, device: Device = "auto", threads: int | None = None) -> Model:
+def load_model(
+    path: Path,
+    *,
+    device: Device = "auto",
+    threads: int | None = None,
+    gpu_memory_bytes: int | None = None,
+    batch_sizes: Sequence[int] = (),
+) -> Model:
     """Open, verify and start a bundle, and hold it to its golden examples on this device.
+
+    Args:
+        path: of the bundle.
+        device: "auto" takes the first that works here of those that the bundle has a variant for.
+        threads: see `start_variant`, as the next two.
+        gpu_memory_bytes: most that it may take on a GPU.
+        batch_sizes: numbers of rows that most runs have.
 
     Raises:
         BundleError: it is damaged, unsupported, has no variant for the device, or fails its self-test.
@@ -105,12 +120,13 @@ def load_model(path: Path, *, device: Device = "auto", threads: int | None = Non
     bundle = open_bundle(path)
     devices = DEVICES if device == "auto" else (device,)
     *first, last = _choices(bundle, devices)
+    start = partial(start_variant, bundle, threads=threads, gpu_memory_bytes=gpu_memory_bytes, batch_sizes=batch_sizes)
     for variant in first:
         try:
-            return _start_chosen(bundle, variant, threads)
+            return _started(start(variant), path)
         except DeviceUnavailable as error:
             log.info("device passed over", device=variant.device, because=str(error))
-    return _start_chosen(bundle, last, threads)
+    return _started(start(last), path)
 
 
 def _choices(bundle: Bundle, devices: Sequence[str]) -> list[Variant]:
@@ -135,13 +151,14 @@ def choose_variant(variants: Sequence[Variant], device: str) -> Variant | None:
     return next(iter(gated_here or floating or fitting), None)
 
 
-def _start_chosen(bundle: Bundle, variant: Variant, threads: int | None) -> Model:
-    model = start_variant(bundle, variant, threads=threads)
+def _started(model: Model, path: Path) -> Model:
+    """The same, with a word in the log where it was gated on another class of machine."""
+    variant = model.variant
     here = machine_class(variant.device)
     if variant.isa != here:
         log.warning(
             "gated on another class of machine; the self-test passed on this one",
-            bundle=str(bundle.path),
+            bundle=str(path),
             variant=variant.name,
             gated=variant.isa,
             here=here,
@@ -150,15 +167,35 @@ def _start_chosen(bundle: Bundle, variant: Variant, threads: int | None) -> Mode
     return model
 
 
-def start_variant(bundle: Bundle, variant: Variant, *, threads: int | None = None) -> Model:
+def start_variant(
+    bundle: Bundle,
+    variant: Variant,
+    *,
+    threads: int | None = None,
+    gpu_memory_bytes: int | None = None,
+    batch_sizes: Sequence[int] = (),
+) -> Model:
     """Load one variant and hold it to its golden examples on its device.
+
+    Args:
+        bundle: that it is in.
+        variant: one of the bundle's.
+        threads: of one run on the CPU; by default as export measured it.
+        gpu_memory_bytes: most that it may take on a GPU.
+        batch_sizes: numbers of rows that most runs have, for CUDA graphs.
 
     Raises:
         BundleError, DeviceUnavailable, MissingExtra, ModelError: see `load_model`.
     """
     if variant.device == "cpu" and threads is None:
         threads = min(variant.latency.threads, cpu_count())  # as export measured it
-    session = Session(bundle.read(variant.file), device=variant.device, threads=threads)
+    session = Session(
+        bundle.read(variant.file),
+        device=variant.device,
+        threads=threads,
+        gpu_memory_bytes=gpu_memory_bytes,
+        batch_sizes=batch_sizes,
+    )
     _check_graph(bundle, variant, session)
     model = Model(bundle, variant, session)
     self_test(bundle, model)

@@ -68,6 +68,21 @@ class Refused:
     error: Exception
 
 
+def check_device(config: ServeConfig) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        StartError: a limit for a GPU, and no GPU is to be used.
+    """
+    if config.device == "cpu" and config.gpu_memory_bytes is not None:
+        raise StartError(
+            f"--gpu-memory-bytes {config.gpu_memory_bytes} limits what is taken on a GPU, and --device cpu uses none. "
+            "Leave out one of them; the memory of the process is limited from outside."
+        )
+    if config.gpu_memory_bytes is not None and config.gpu_memory_bytes < 1:
+        raise StartError(f"--gpu-memory-bytes is {config.gpu_memory_bytes}; expected 1 or more.")
+
+
 def reason(error: Exception) -> str:
     """Why a model was not loaded, in words that a client may read: no paths, nothing of the runtime's own."""
     if isinstance(error, ConfigRefused):
@@ -112,12 +127,20 @@ def _load(place: Place, config: ServeConfig) -> tuple[ServedModel, ...]:
         check_gate(models[0])
     if models[0].facts["gate"] == "ungated":
         log.warning("ungated model", model=place.name, version=place.version, path=str(place.path))
+    if config.gpu_memory_bytes is not None and models[0].device == "cpu":
+        log.warning("no GPU memory to limit", model=place.name, version=place.version, device="cpu")
     warm_up(models[-1])
     return models
 
 
 def _load_bundle(place: Place, config: ServeConfig) -> tuple[ServedModel, ...]:
-    model = load_model(place.path, device=config.device, threads=config.threads)
+    model = load_model(
+        place.path,
+        device=config.device,
+        threads=config.threads,
+        gpu_memory_bytes=config.gpu_memory_bytes,
+        batch_sizes=config.batch_sizes,
+    )
     manifest = model.manifest
     if (place.name, place.version) != (manifest.name, manifest.version):
         raise StartError(
@@ -134,7 +157,13 @@ def _load_graph(place: Place, config: ServeConfig) -> ServedModel:
     try:
         graph = place.path.read_bytes()
         device, threads = choose_device(said, config.device), choose_threads(said, config.threads)
-        session = Session(graph, device=device, threads=threads)
+        session = Session(
+            graph,
+            device=device,
+            threads=threads,
+            gpu_memory_bytes=config.gpu_memory_bytes,
+            batch_sizes=config.batch_sizes,
+        )
     except DeviceUnavailable as error:
         if not said.instance_group:
             raise
