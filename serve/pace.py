@@ -6,10 +6,14 @@ from statistics import fmean
 
 _KNOWN = 16  # requests that an estimate is made of
 _EVERY = 4  # how many requests it is kept for
+_LONG_NS = 10_000_000  # what holds up everybody else, if it was not expected
+_WARY = 1000  # requests after such a one of which nothing is expected
 
 
 class Pace:
     """The lower quartile of the last durations: others may hold a request up, but nobody speeds it up.
+
+    A request that took long is a warning: time may depend on what size does not tell, and for a while nobody knows.
 
     Made for one writer at a time, harmless with more.
     """
@@ -31,7 +35,9 @@ class Pace:
         self._last_ns.append(ns)
         self._sizes.append(size)
         self._seen += 1
-        if self._seen % _EVERY == 0:
+        if ns > _LONG_NS:
+            self._ns, self._seen = math.inf, -_WARY
+        if self._seen > 0 and self._seen % _EVERY == 0:
             self._ns = sorted(self._last_ns)[len(self._last_ns) // 4]
             self._size = max(1.0, fmean(self._sizes))
 

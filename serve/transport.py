@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import grpc
@@ -137,7 +138,8 @@ class Transport:
         waiting: asyncio.Future[Any] = self._loop.create_future()
 
         def done(outcome: Any) -> None:
-            self._loop.call_soon_threadsafe(_settle, waiting, outcome)
+            with suppress(RuntimeError):  # the loop is closed: the call was cut off
+                self._loop.call_soon_threadsafe(_settle, waiting, outcome)
 
         size = request.ByteSize() + shared_bytes(request)
         with self._admission.request(size), self._service.call(request, metadata, done, deadline) as inference:

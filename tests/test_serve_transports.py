@@ -1,0 +1,278 @@
+"""Calls as gRPC makes them, on the completion queue and on asyncio: given up, late, streamed, watched, cut off."""
+
+import queue
+import threading
+import time
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from structlog.testing import capture_logs
+
+from protos import inference_pb2 as pb
+from protos import inference_pb2_grpc
+from serve import completion_queue, wire
+from serve.config import ServeConfig
+from serve.errors import StartError
+from serve.server import start
+from tests.serve_bundles import identity
+
+PATIENCE_S = 30
+METHOD = "/inference.GRPCInferenceService/ModelInfer"
+
+
+class Gate:
+    """Stands in a model's way: each run says that it began, in which thread, and waits until it may go on."""
+
+    def __init__(self, served):
+        self.began = queue.Queue()
+        self.opened = threading.Event()
+        run = served.model.run
+
+        def held(decoded, size):
+            self.began.put(threading.current_thread().name)
+            assert self.opened.wait(PATIENCE_S)
+            return run(decoded, size)
+
+        object.__setattr__(served.model, "run", held)
+
+
+@pytest.fixture(params=["auto", "asyncio"])
+def server(request, tmp_path):
+    path = tmp_path / "echo.onnx"
+    path.write_bytes(identity(np.float32, [None, 2]))
+    server = start(
+        ServeConfig((path,), port=0, device="cpu", threads=1, instances=1, max_streams=2, transport=request.param)
+    )
+    yield server
+    if server._ready:
+        server.stop(drain_s=0)
+
+
+@pytest.fixture
+def served(server):
+    return server._repository.find("echo", "")
+
+
+@pytest.fixture
+def gate(served):
+    gate = Gate(served)
+    yield gate
+    gate.opened.set()
+
+
+@pytest.fixture
+def channel(server):
+    with grpc.insecure_channel(server.address) as channel:
+        yield channel
+
+
+@pytest.fixture
+def stub(channel):
+    return inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+
+def echo(value=0.0, name=""):
+    request = pb.ModelInferRequest(model_name="echo", id=name)
+    request.inputs.add(name="x", datatype="FP32", shape=[1, 2])
+    request.raw_input_contents.append(np.float32([value, value]).tobytes())
+    return request
+
+
+def until(holds):
+    """Wait for what no event tells."""
+    end = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def failed(served, reason):
+    return served.statistics.snapshot().failures[reason]
+
+
+def idle(server):
+    now = server._admission.snapshot()
+    return (now.requests, now.bytes, now.streams) == (0, 0, 0)
+
+
+def test_a_call_that_is_given_up_while_it_waits_is_not_run(server, stub, served, gate):
+    """It is dropped at once, its bytes are in work no more, and the call that runs is answered."""
+    running = stub.ModelInfer.future(echo(1))
+    gate.began.get(timeout=PATIENCE_S)
+    waiting = stub.ModelInfer.future(echo(2))
+    until(lambda: served.scheduler.pending == 1)
+
+    waiting.cancel()
+
+    until(lambda: failed(served, "cancelled") == 1)
+    gate.opened.set()
+    assert running.result(PATIENCE_S).raw_output_contents[0] == np.float32([1, 1]).tobytes()
+    assert gate.began.empty()
+    until(lambda: idle(server))
+
+
+def test_a_call_whose_deadline_passes_while_it_waits_is_not_run(stub, served, gate):
+    """The client gets DEADLINE_EXCEEDED, and the model never sees the request."""
+    running = stub.ModelInfer.future(echo(1))
+    gate.began.get(timeout=PATIENCE_S)
+
+    with pytest.raises(grpc.RpcError) as late:
+        stub.ModelInfer(echo(2), timeout=0.05)
+
+    assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    until(lambda: failed(served, "cancelled") + failed(served, "deadline") == 1)
+    gate.opened.set()
+    running.result(PATIENCE_S)
+    assert gate.began.empty()
+
+
+def test_a_request_that_does_not_arrive_is_given_up(channel, monkeypatch):
+    """A client that opens a call and sends nothing does not hold it for ever."""
+    monkeypatch.setattr(wire, "RECEIVE_S", 0)
+    never = threading.Event()
+
+    def silence():
+        never.wait(PATIENCE_S)
+        yield b""
+
+    call = channel.stream_unary(METHOD).future(silence())
+
+    assert call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "did not arrive" in call.details()
+    never.set()
+
+
+def test_a_call_without_a_request_is_refused(channel):
+    """The client has ended its side: there is nothing to wait for."""
+    call = channel.stream_unary(METHOD).future(iter(()))
+
+    assert call.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_stream_is_answered_in_its_order(stub):
+    """A bad request has its error in its place, and the stream goes on; more than a window of them pass."""
+    count = 3 * wire.WINDOW
+    requests = [echo(i, str(i)) if i % 5 else pb.ModelInferRequest(model_name="none", id=str(i)) for i in range(count)]
+
+    answers = list(stub.ModelStreamInfer(iter(requests), timeout=PATIENCE_S))
+
+    assert [answer.infer_response.id for answer in answers] == [str(i) for i in range(count)]
+    assert [bool(answer.error_message) for answer in answers] == [i % 5 == 0 for i in range(count)]
+    assert answers[1].infer_response.parameters["triton_final_response"].bool_param
+
+
+def test_an_error_ends_a_stream_that_asks_for_it(server, stub):
+    """As the status of the call, after the answers before it; those that waited are dropped."""
+    requests = [echo(1), pb.ModelInferRequest(model_name="none"), *[echo(2)] * 5]
+    call = stub.ModelStreamInfer(iter(requests), metadata=[("triton_grpc_error", "true")], timeout=PATIENCE_S)
+
+    assert len(next(call).infer_response.outputs) == 1
+    with pytest.raises(grpc.RpcError) as ended:
+        next(call)
+    assert ended.value.code() is grpc.StatusCode.NOT_FOUND
+    until(lambda: idle(server))
+
+
+def test_no_more_than_a_window_of_a_stream_is_in_work(server, stub, served, gate):
+    """The others are not read, however many the client sends, until answers have gone out."""
+    call = stub.ModelStreamInfer(iter([echo(i) for i in range(wire.WINDOW + 50)]), timeout=PATIENCE_S)
+    gate.began.get(timeout=PATIENCE_S)
+    until(lambda: server._admission.snapshot().requests >= wire.WINDOW)
+
+    assert server._admission.snapshot().requests <= wire.WINDOW + 2
+    gate.opened.set()
+    assert len(list(call)) == wire.WINDOW + 50
+
+
+def test_a_stream_that_is_given_up_drops_what_waits(server, stub, served, gate):
+    """What was begun ends, the rest is never run, and the stream counts no more."""
+    call = stub.ModelStreamInfer(iter([echo(i) for i in range(5)]))
+    gate.began.get(timeout=PATIENCE_S)
+    until(lambda: served.scheduler.pending == 4)
+
+    call.cancel()
+
+    until(lambda: failed(served, "cancelled") == 4)
+    gate.opened.set()
+    until(lambda: idle(server))
+
+
+def test_health_is_watched(server, channel):
+    """Every change is told to all who watch, also of a model that is not there yet; leaving is noticed."""
+    watch = health_pb2_grpc.HealthStub(channel).Watch
+    states = health_pb2.HealthCheckResponse
+    first, second, unknown = (watch(health_pb2.HealthCheckRequest(service=name)) for name in ("echo", "echo", "new"))
+
+    assert [next(call).status for call in (first, second)] == [states.SERVING] * 2
+    assert next(unknown).status == states.SERVICE_UNKNOWN
+    second.cancel()
+    server._transport.set_health("echo", False)
+    server._transport.set_health("new", True)
+    assert next(first).status == states.NOT_SERVING
+    assert next(unknown).status == states.SERVING
+    server._transport.set_stopping()
+    assert next(unknown).status == states.NOT_SERVING
+
+
+def test_calls_given_up_at_random_leave_nothing_behind(server, stub):
+    """Half of three hundred calls are cancelled at any moment of theirs; every other one is answered."""
+    calls = [stub.ModelInfer.future(echo(i), timeout=PATIENCE_S) for i in range(300)]
+    for call in calls[::2]:
+        call.cancel()
+
+    answers = [call.result().raw_output_contents[0] for call in calls[1::2]]
+
+    assert answers == [np.float32([i, i]).tobytes() for i in range(1, 300, 2)]
+    until(lambda: idle(server))
+    if isinstance(server._transport, completion_queue.Transport):
+        until(lambda: not server._transport._open)
+
+
+def test_a_server_stops_with_calls_of_every_kind_open(server, stub, channel, gate):
+    """A run, one that waits, a stream, a watch and a call without a request: all are ended, none hangs."""
+    health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+    next(health)
+    never = threading.Event()
+    calls = [stub.ModelInfer.future(echo(1)), stub.ModelInfer.future(echo(2)), stub.ModelStreamInfer(iter([echo(3)]))]
+    calls.append(channel.stream_unary(METHOD).future(iter(lambda: never.wait(PATIENCE_S) or b"", None)))
+    gate.began.get(timeout=PATIENCE_S)
+    until(lambda: server._admission.snapshot().requests == 3)
+
+    server.stop(drain_s=0)
+
+    with pytest.raises(grpc.RpcError):  # after the news that nothing is served any more
+        list(health)
+    assert {call.code() for call in [*calls, health]} <= {grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE}
+    never.set()
+
+
+def test_short_requests_run_in_the_thread_of_the_completion_queue(server, stub, served):
+    """Once a few have been seen; before, and on asyncio always, they run in a thread of the model's."""
+    gate = Gate(served)
+    gate.opened.set()
+    for _ in range(40):
+        stub.ModelInfer(echo())
+
+    threads = [gate.began.get_nowait() for _ in range(40)]
+
+    assert threads[0] == "run-echo"
+    inline = isinstance(server._transport, completion_queue.Transport)
+    assert threads[-1] == ("grpc" if inline else "run-echo")
+
+
+def test_a_grpcio_without_the_completion_queue_is_served_by_asyncio(tmp_path, monkeypatch):
+    """auto says why it chose so; whoever insists is told the way out."""
+    path = tmp_path / "echo.onnx"
+    path.write_bytes(identity(np.float32, [None, 2]))
+    monkeypatch.setattr(completion_queue.cygrpc, "ReceiveMessageOperation", lambda: None)
+
+    with capture_logs() as logs:
+        server = start(ServeConfig((path,), port=0, device="cpu", threads=1))
+    server.stop(drain_s=0)
+    chosen = next(entry for entry in logs if entry["event"] == "transport chosen")
+    assert chosen["transport"] == "asyncio"
+    assert grpc.__version__ in chosen["because"]
+    with pytest.raises(StartError, match="--transport asyncio"):
+        start(ServeConfig((path,), port=0, device="cpu", threads=1, transport="completion-queue"))
