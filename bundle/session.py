@@ -242,9 +242,9 @@ def _load(
             )
     except Exception as error:
         # The provider's own errors are RuntimeErrors; those of a bad graph derive from Exception.
-        limit = "" if device == "cpu" or memory_bytes is None else f" It may take {memory_bytes} bytes of the GPU."
         if device != "cpu" and isinstance(error, RuntimeError):
-            raise DeviceUnavailable(f"{name} cannot be used here: {error}{limit}") from error
+            raise DeviceUnavailable(f"{name} cannot be used here: {error}") from error
+        limit = "" if device == "cpu" or memory_bytes is None else f" It may take {memory_bytes} bytes of the GPU."
         raise ModelError(f"ONNX Runtime cannot load the graph: {error}{limit}") from error
     if session.get_providers()[0] != wanted:  # the runtime falls back to the next without an error
         raise DeviceUnavailable(f"{name} cannot be used here: no GPU, no driver, or no {name} libraries.")

@@ -143,6 +143,12 @@ def test_wrong_feeds_are_refused(host, feeds, sizes):
     assert session.run({"x": ROWS[:4]})["y"].shape == (4, 3)
 
 
+def test_what_cannot_be_loaded_says_what_it_may_take(host):
+    """A graph that is too large for its limit and one that is broken look alike to the runtime; the limit is told."""
+    with pytest.raises(ModelError, match=r"cannot load the graph: .* It may take 1000 bytes of the GPU\."):
+        Session(b"not a graph", device="cuda", gpu_memory_bytes=1000)
+
+
 def test_strings_are_run_without_binding(host):
     """Strings lie on no GPU, and a graph that has them runs all the same."""
     strings = [("x", TensorProto.STRING, ["N"])], [("y", TensorProto.STRING, ["N"])]
