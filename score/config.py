@@ -46,6 +46,9 @@ class ScoreConfig:
     """Rows of one session run, at most 64; 1 where answers would depend on it."""
     decoders: int | None = None
     """Threads of each process that decode, resize and tokenise."""
+    shard: str | None = None
+    """K/N: of the units score those whose number in the plan leaves K when divided by N, with K from 0 to N - 1: for
+    indexed jobs, all with the same --out. The one that finds every part written writes _SUCCESS."""
     engine: Literal["local", "ray"] = "local"
     """ray: units are scored wherever the Ray cluster has room."""
     ray_address: str | None = None

@@ -1,0 +1,75 @@
+"""Parquet: row groups, read a page at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from bundle.errors import DataError
+from score.files import system_of
+
+CHUNK_BYTES = 16 << 20  # of the rows that are read together
+_BUFFER = 1 << 20
+
+
+@contextmanager
+def open_parquet(path: str) -> Iterator[Any]:
+    """A parquet.ParquetFile that holds no more of a row group in memory than it is asked for.
+
+    Raises:
+        DataError: it is none, also when that is found in the block.
+    """
+    system, inside = system_of(path)
+    try:
+        with parquet.ParquetFile(inside, filesystem=system, pre_buffer=False, buffer_size=_BUFFER) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {error}.") from error
+
+
+def schema(path: str) -> dict[str, pa.DataType]:
+    """The type of each column; of names that are there twice, the last."""
+    with open_parquet(path) as file:
+        return {field.name: field.type for field in file.schema_arrow}
+
+
+def cut(path: str, unit_rows: int) -> Iterator[tuple[int, int, int, int]]:
+    """Units as (first row, rows, first row group, row group after the last).
+
+    Small row groups are joined, large ones are cut.
+    """
+    with open_parquet(path) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    first = start = rows = 0
+    for group, size in enumerate(sizes):
+        if rows and rows + size > unit_rows:
+            yield first, rows, start, group
+            first, start, rows = first + rows, group, 0
+        rows += size
+        while rows > unit_rows:  # then it is this row group alone
+            yield first, unit_rows, group, group + 1
+            first, start, rows = first + unit_rows, group, rows - unit_rows
+    if rows:
+        yield first, rows, start, len(sizes)
+
+
+def tables(path: str, columns: list[str], start: int, chunk: int) -> Iterator[tuple[int, pa.Table]]:
+    """Everything from row group `start` on, at most `chunk` rows at a time, with the number of the first of them."""
+    with open_parquet(path) as file:
+        metadata = file.metadata
+        row = sum(metadata.row_group(group).num_rows for group in range(start))
+        for group in range(start, metadata.num_row_groups):
+            size = min(chunk, _fitting(metadata.row_group(group), columns))
+            batches = file.iter_batches(size, row_groups=[group], columns=columns, use_threads=False)
+            for batch in batches:
+                yield row, pa.Table.from_batches([batch])
+                row += len(batch)
+
+
+def _fitting(group: Any, columns: list[str]) -> int:
+    """Rows that CHUNK_BYTES hold, by their average size."""
+    wanted = (group.column(number) for number in range(group.num_columns))
+    size: int = sum(each.total_uncompressed_size for each in wanted if each.path_in_schema.split(".")[0] in columns)
+    return max(1, CHUNK_BYTES * int(group.num_rows) // max(1, size))
