@@ -13,7 +13,7 @@ import pytest
 from bundle.model import load_model
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"bundle", "edgeward", "export", "finetune", "protos", "serve"}
+PACKAGES = {"bundle", "edgeward", "export", "finetune", "protos", "score", "serve"}
 
 
 @pytest.fixture(scope="module")
