@@ -65,7 +65,7 @@ class ServeConfig:
     admin_token_file: Path | None = None
     """Bearer tokens that may call what --admin allows, one a line."""
     gpu_memory_bytes: int | None = None
-    """Most that the runtime may take on a GPU."""
+    """Most that one model may take on a GPU."""
     otlp: str | None = None
     """Traces of every call go to this OpenTelemetry collector, such as http://127.0.0.1:4317."""
     log_requests: bool = False
