@@ -2,8 +2,8 @@
 
 The names of the counts, as they stand in the footers of the parts (`Counts.drift`):
 
-    nulls:COLUMN       (rows,)
-    empty:COLUMN       (rows,)                 texts of nothing but white space, and binary of no bytes
+    missing            (rows,)                 a value of the example is not there
+    empty              (rows,)                 texts of nothing but white space
     vocabulary         (known, unknown)        tokens, or words of every 16th row
     unknown_texts      (rows,)                 texts with no word that the model knows
     PREFIXlabels       (rows, ...)             by label: predicted
@@ -13,15 +13,14 @@ The names of the counts, as they stand in the footers of the parts (`Counts.drif
 They depend on the rows alone, never on chunks, batches or order.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from bundle import outputs, preprocess, text
 from bundle.manifest import Input, Multiclass, Multilabel, Regression, Task, TextInput, WordsInput
+from score.errors import Missing
 
 BINS = 20
 SAMPLED = 16  # of so many rows one has its words counted: cutting a text a second time is not free
@@ -30,20 +29,16 @@ SPREAD = 5.0  # standard deviations on either side that values are counted in
 Drift = dict[str, tuple[int, ...]]
 
 
-def of_inputs(table: pa.Table, columns: Iterable[str]) -> Drift:
+def of_raws(spec: Input, raws: Sequence[object]) -> Drift:
     """Missing and empty values.
 
     Args:
-        table: raw rows.
-        columns: those of the model.
+        spec: of the examples.
+        raws: an example, or the error in its place, of each row.
     """
-    drift: Drift = {}
-    for name in columns:
-        column = table.column(name)
-        drift[f"nulls:{name}"] = (column.null_count,)
-        if _is_text(column.type) or _is_binary(column.type):
-            bare = pc.ascii_trim_whitespace(column) if _is_text(column.type) else column
-            drift[f"empty:{name}"] = (pc.sum(pc.equal(pc.binary_length(bare), 0)).as_py() or 0,)
+    drift: Drift = {"missing": (sum(isinstance(raw, Missing) for raw in raws),)}
+    if isinstance(spec, WordsInput) or (isinstance(spec, TextInput) and spec.pair is None):
+        drift["empty"] = (sum(isinstance(raw, bytes) and not raw.strip() for raw in raws),)
     return drift
 
 
@@ -90,33 +85,35 @@ class Vocabulary:
             case WordsInput():
                 self._segment = preprocess.words_encoder(spec, read).segment
 
-    def count(self, raws: Sequence[bytes], tensors: Sequence[np.ndarray], numbers: Sequence[int]) -> Drift:
+    def count(self, raws: Sequence[object], encoded: Sequence[object], first_row: int) -> Drift:
         """Known and unknown tokens or words.
 
         Args:
-            raws: examples that could be preprocessed.
-            tensors: of bundle.preprocess.encoder, one for each.
-            numbers: of the rows in their file.
+            raws: of rows that are next to each other in a file.
+            encoded: the tensor of each, or anything else where there is none.
+            first_row: number of the first.
         """
         match self._spec:
-            case TextInput() if self._unknown is not None and tensors:
-                ids = np.concatenate([np.atleast_2d(tensor)[0] for tensor in tensors])
+            case TextInput() if self._unknown is not None:
+                rows = [np.atleast_2d(row)[0] for row in encoded if isinstance(row, np.ndarray)]
+                ids = np.concatenate([*rows, np.zeros(0, np.int64)])
                 unknown = int(np.count_nonzero(ids == self._unknown))
                 return {"vocabulary": (len(ids) - unknown, unknown)}
             case WordsInput():
-                drift = {"vocabulary": self._words(raws, tensors, numbers)}
-                return drift | {"unknown_texts": (sum(not tensor.size for tensor in tensors),)}
+                texts = sum(isinstance(row, np.ndarray) and not row.size for row in encoded)
+                first = -first_row % SAMPLED
+                words = self._words(raws[first::SAMPLED], encoded[first::SAMPLED])
+                return {"vocabulary": words, "unknown_texts": (texts,)}
         return {}
 
-    def _words(self, raws: Sequence[bytes], tensors: Sequence[np.ndarray], numbers: Sequence[int]) -> tuple[int, int]:
+    def _words(self, raws: Sequence[object], encoded: Sequence[object]) -> tuple[int, int]:
         assert isinstance(self._spec, WordsInput)
         assert self._segment is not None
         known = unknown = 0
-        for raw, tensor, number in zip(raws, tensors, numbers, strict=True):
-            if number % SAMPLED or tensor.size == self._spec.max_words:  # of a text that was cut, nobody counted all
-                continue
-            known += tensor.size
-            unknown += len(self._segment(raw.decode())) - tensor.size
+        for raw, row in zip(raws, encoded, strict=True):
+            if isinstance(row, np.ndarray) and row.size < self._spec.max_words:  # of one that was cut, not all are seen
+                known += row.size
+                unknown += len(self._segment(raw.decode())) - row.size if isinstance(raw, bytes) else 0
         return known, unknown
 
 
@@ -139,11 +136,3 @@ def _histogram(fractions: np.ndarray) -> tuple[int, ...]:
 def _counts(numbers: np.ndarray, of: int) -> tuple[int, ...]:
     """How often each number below `of` is there."""
     return tuple(np.bincount(numbers, minlength=of).tolist())
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))

@@ -1,6 +1,10 @@
-"""What can stop a run of scoring; bundle.errors has the tree that these belong to."""
+"""What can go wrong when files are scored; bundle.errors has the tree that these belong to."""
 
-from bundle.errors import EdgewardError
+from bundle.errors import BadInput, EdgewardError
+
+
+class Missing(BadInput):
+    """A value of an example is not there."""
 
 
 class TooManyBadRows(EdgewardError):

@@ -6,12 +6,13 @@ import msgspec
 import structlog
 
 from bundle.manifest import Record
-from bundle.model import load_model
-from score import local, parts
+from bundle.store import read_manifest
+from score import local, parts, report
+from score.autotune import tune
 from score.config import ScoreConfig
 from score.folder import Folder
 from score.plan import prepare, record, shard
-from score.progress import follow
+from score.progress import Outcome, follow
 from score.units import Counts, Plan, Settings, Unit, UnitReport
 
 log = structlog.get_logger()
@@ -38,15 +39,16 @@ def score(config: ScoreConfig, engine: Engine | None = None) -> Result:
         engine: scores the units; by default the one that the configuration names.
 
     Raises:
-        BundleError, DeviceUnavailable, ModelError: the bundle cannot be run.
+        BundleError, DeviceUnavailable, MissingExtra, ModelError: the bundle cannot be run.
         DataError: an input or an option cannot be used, or the folder holds another run.
         OutputExists: the folder holds something that is no run.
         TooManyBadRows: more than --max-error-rate allows.
     """
+    report.check_extras()
     config, plan = prepare(config)
     folder = Folder(config.out)
     if plan.settings is None:
-        plan = record(folder, _with_settings(config, plan))
+        plan = record(folder, tune(config, plan))
     assert plan.settings is not None
     done = parts.done(folder, plan)
     left = [unit for unit in shard(config, plan.units) if unit.name not in done]
@@ -54,7 +56,8 @@ def score(config: ScoreConfig, engine: Engine | None = None) -> Result:
         log.info("going on", parts=len(done), of=len(plan.units))
     earlier = sum((footer.counts for footer in done.values()), Counts())
     reports = _choose(engine, config)(config, plan, left)
-    follow(reports, plan, done=earlier, max_error_rate=config.max_error_rate)
+    outcome = follow(reports, plan, done=earlier, max_error_rate=config.max_error_rate)
+    _report(config, folder, plan, outcome)
     success = parts.finish(folder, plan)
     done = parts.done(folder, plan) if success is None else {}
     counts = sum((footer.counts for footer in done.values()), Counts()) if success is None else success.counts
@@ -74,14 +77,12 @@ def _choose(engine: Engine | None, config: ScoreConfig) -> Engine:
     return local.reports
 
 
-def _with_settings(config: ScoreConfig, plan: Plan) -> Plan:
-    model = load_model(config.bundle, device=config.device, threads=config.threads)
-    settings = Settings(
-        variant=model.variant.name,
-        processes=1,
-        threads=model.session.threads,
-        batch=config.batch or 64,
-        decoders=config.decoders or 1,
-        chunk=1024,
-    )
-    return msgspec.structs.replace(plan, settings=settings)
+def _report(config: ScoreConfig, folder: Folder, plan: Plan, outcome: Outcome) -> None:
+    """Write the report once every part is there; where nothing was left to do, that of the run that did it stays."""
+    footers = parts.done(folder, plan)
+    if len(footers) < len(plan.units) or (not outcome.rows and folder.read(report.JSON) is not None):
+        return
+    counts = sum((footer.counts for footer in footers.values()), Counts())
+    whole = msgspec.structs.replace(outcome, counts=counts)
+    for name, data in report.files(read_manifest(config.bundle), plan, whole).items():
+        folder.write(name, data)

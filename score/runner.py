@@ -137,7 +137,7 @@ class UnitRunner:
         encoded = ahead(self._encode(read), AHEAD, "preprocess")
         yield from ahead(self._answer(encoded), AHEAD, "run")
 
-    def tables(self, units: Iterable[Unit]) -> Iterator[pa.Table]:
+    def tables(self, units: Iterable[Unit]) -> Generator[pa.Table, None, None]:
         """What would be written of units."""
         with closing(self.scored(units)) as pieces:
             for piece in pieces:

@@ -15,11 +15,16 @@ from score.units import UnitReport
 
 def measured(reports: Iterable[UnitReport]) -> Iterator[UnitReport]:
     """The reports of the units that this process scores, each with what the process had cost by then."""
-    process = f"{socket.gethostname()}:{os.getpid()}"
+    process = process_name()
     began = time.process_time()
     for report in reports:
         cpu_s = time.process_time() - began
         yield msgspec.structs.replace(report, process=process, cpu_s=cpu_s, peak_rss=peak_rss())
+
+
+def process_name() -> str:
+    """HOST:PID of this process."""
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def peak_rss(status: Path = Path("/proc/self/status")) -> int:

@@ -1,0 +1,177 @@
+"""Chooses how a run shares out this machine, by scoring its first rows in a few ways for a few seconds."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from itertools import cycle
+from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
+
+import msgspec
+import structlog
+
+from bundle.host import cpu_count, trim_memory
+from bundle.manifest import ImageInput, Input, Variant
+from bundle.model import MAX_ROWS, load_model
+from score.config import ScoreConfig
+from score.local import run_units
+from score.runner import UnitRunner
+from score.units import Counts, Plan, Settings, Trial, Unit, UnitReport
+
+log = structlog.get_logger()
+
+CHUNK = 1024  # rows that are read and preprocessed together
+WORTH_S = 10.0  # a run that is done before is not worth a trial
+TRIAL_S = 0.5
+GAIN = 1.05  # that more processes, which cost memory, have to bring
+_TABLES = 4  # that a trial counts at least
+_UNITS = 4  # the first, over and over
+_SPLITS = 3  # ways to share out cores that are tried, at most
+_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+_RUN_S = 0.15  # longest run that is tried: a larger batch would gain nothing
+_DECODING_S, _READING_S = 5e-3, 2e-5  # of a row, about
+_START_S = 120.0  # until all processes have loaded the model
+
+
+def tune(config: ScoreConfig, plan: Plan) -> Plan:
+    """The plan with settings, and with the trials by which they were chosen; options that were given are kept.
+
+    Nothing is written. First the batch is chosen, in this process, then processes × threads, in processes of their
+    own. Where answers depend on the batch it is 1. On a GPU one process runs the model, and all cores preprocess.
+
+    Args:
+        config: of the run, with absolute paths.
+        plan: without settings.
+
+    Raises:
+        BundleError, DataError, DeviceUnavailable, ModelError, OSError: the first rows cannot be scored.
+    """
+    model = load_model(config.bundle, device=config.device, threads=1)
+    variant, spec = model.variant, model.manifest.input
+    del model
+    batches, splits = _batches(config, variant), _splits(config, variant, len(plan.units))
+    first = _settings(config, variant, *splits[0], batches[-1])
+    worth = plan.rows * _row_s(variant, spec) >= WORTH_S
+    trials = list(_trials(config, plan, first, batches, splits)) if worth else []
+    chosen = msgspec.structs.replace(_best(trials) or first, chunk=CHUNK)
+    trim_memory()
+    log.info("settings", **{name: getattr(chosen, name) for name in chosen.__struct_fields__}, trials=len(trials))
+    return msgspec.structs.replace(
+        plan, settings=chosen, trials=tuple(_trial(settings, rate) for settings, rate in trials)
+    )
+
+
+def _batches(config: ScoreConfig, variant: Variant) -> Sequence[int]:
+    """Ascending; with the last begins who tries nothing."""
+    if not variant.batch_invariant:
+        return (1,)
+    if config.batch:
+        return (min(config.batch, MAX_ROWS),)
+    if variant.device != "cpu":
+        return _BATCHES[-3:]
+    return [rows for rows in _BATCHES if rows == 1 or rows * variant.latency.p50_ms / 1e3 <= _RUN_S][-3:]
+
+
+def _splits(config: ScoreConfig, variant: Variant, units: int) -> Sequence[tuple[int, int]]:
+    """Processes × threads of each, one process first."""
+    cores = cpu_count()
+    if config.processes:
+        return [(config.processes, config.threads or max(1, cores // config.processes))]
+    alone = (1, config.threads or cores)
+    if variant.device != "cpu":
+        return [alone]
+    most = min(cores // (config.threads or 1), units)
+    halved = [most >> i for i in range(_SPLITS) if most >> i > 1]
+    return [alone, *((processes, config.threads or cores // processes) for processes in reversed(halved))]
+
+
+def _settings(config: ScoreConfig, variant: Variant, processes: int, threads: int, batch: int) -> Settings:
+    decoders = config.decoders or (threads if variant.device == "cpu" else max(1, cpu_count() // processes))
+    chunk = min(CHUNK, max(2 * batch, int(_RUN_S / 3 / (variant.latency.p50_ms / 1e3))))
+    return Settings(
+        variant=variant.name, processes=processes, threads=threads, batch=batch, decoders=decoders, chunk=chunk
+    )
+
+
+def _row_s(variant: Variant, spec: Input) -> float:
+    """A row's time, about, to tell whether trials are worth theirs."""
+    return variant.latency.p50_ms / 1e3 + (_DECODING_S if isinstance(spec, ImageInput) else _READING_S)
+
+
+def _trials(
+    config: ScoreConfig, plan: Plan, first: Settings, batches: Sequence[int], splits: Sequence[tuple[int, int]]
+) -> Iterator[tuple[Settings, float]]:
+    best, highest = first, 0.0
+    for batch in batches if len(batches) * len(splits) > 1 else ():
+        settings = msgspec.structs.replace(first, batch=batch)
+        rate = _alone(config, plan, settings)
+        yield settings, rate
+        if rate > highest:
+            best, highest = settings, rate
+    for processes, threads in splits[1:]:
+        decoders = config.decoders or threads
+        settings = msgspec.structs.replace(best, processes=processes, threads=threads, decoders=decoders)
+        yield settings, _together(config, plan, settings)
+
+
+def _best(trials: Sequence[tuple[Settings, float]]) -> Settings | None:
+    best: tuple[Settings, float] | None = None
+    for settings, rate in trials:
+        gain = GAIN if best and settings.processes > best[0].processes else 1.0
+        if best is None or rate > gain * best[1]:
+            best = settings, rate
+    return best and best[0]
+
+
+def _trial(settings: Settings, rate: float) -> Trial:
+    return Trial(
+        processes=settings.processes,
+        threads=settings.threads,
+        batch=settings.batch,
+        decoders=settings.decoders,
+        rows_per_s=rate,
+    )
+
+
+def _alone(config: ScoreConfig, plan: Plan, settings: Settings) -> float:
+    """Rows a second of this process."""
+    report = next(_TrialRunner(config, msgspec.structs.replace(plan, settings=settings), None).run(plan.units[:1]))
+    return report.counts.rows_in / report.seconds["trial"]
+
+
+def _together(config: ScoreConfig, plan: Plan, settings: Settings) -> float:
+    """Rows a second of several processes, all at work at the same time."""
+    ready = get_context("spawn").Barrier(settings.processes, timeout=_START_S)
+    start = partial(_TrialRunner, config, msgspec.structs.replace(plan, settings=settings), ready)
+    reports = run_units(start, plan.units[: settings.processes], processes=settings.processes)
+    return sum(report.counts.rows_in / report.seconds["trial"] for report in reports)
+
+
+class _TrialRunner:
+    """Scores the first units again and again for a while, instead of the one that it is given, and writes none."""
+
+    def __init__(self, config: ScoreConfig, plan: Plan, ready: Barrier | None) -> None:
+        self._runner = UnitRunner(config, plan)
+        self._units = [unit for unit in plan.units if unit.rows][:_UNITS]
+        self._ready = ready
+
+    def run(self, units: Iterable[Unit], /) -> Iterator[UnitReport]:
+        for unit in units:
+            rows, seconds = self._measure()
+            counts = Counts(rows_in=rows)
+            yield UnitReport(unit=unit.name, counts=counts, seconds={"trial": seconds}, bytes=0)
+
+    def _measure(self) -> tuple[int, float]:
+        """Rows, and the seconds that they took, once the first rows had come through."""
+        with closing(self._runner.tables(cycle(self._units))) as tables:
+            next(tables)
+            if self._ready is not None:
+                self._ready.wait()
+            began, rows = time.perf_counter(), 0
+            for number, table in enumerate(tables, 1):
+                rows += len(table)
+                seconds = time.perf_counter() - began
+                if seconds >= TRIAL_S and number >= _TABLES:
+                    return rows, seconds
+        raise AssertionError("the units never end")
