@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from protos import inference_pb2 as pb
 from serve import wire
 from serve.admission import Admission, Hold
+from serve.envelope import Raws, parse_request, parser
 from serve.health import Health
 from serve.inference import Inference, Outcome
 from serve.inputs import shared_bytes
@@ -20,8 +21,6 @@ from serve.service import Metadata, Service
 Sent = Callable[[], None]
 
 _HEALTH = "/grpc.health.v1.Health/"
-
-_parse = wire.parser("ModelInferRequest")
 
 
 def nothing() -> None:
@@ -100,7 +99,7 @@ class Answering:
 
     def _plain(self, name: str, kind: str) -> Callable[[Call, bytes | None], None]:
         """A call that needs its request alone."""
-        parse, ask = wire.parser(kind), getattr(self._service, name)
+        parse, ask = parser(kind), getattr(self._service, name)
         answer = _answering(lambda data: ask(parse(data)).SerializeToString())
 
         def wait(call: Call, data: bytes | None) -> None:
@@ -122,7 +121,7 @@ class Answering:
                 call.finish(work.response.SerializeToString(), sent=work.release)
 
         work = Work(self._service, self._admission, answered)
-        work.start(_parse(data), len(data), call.metadata, call.deadline)
+        work.start(parse_request(data), len(data), call.metadata, call.deadline)
         if not work.ended:
             call.watch(work.cancel)
 
@@ -189,19 +188,22 @@ class Work:
         self._hold: Hold | None = None
         self._arrivals = count()
 
-    def start(self, request: pb.ModelInferRequest, size: int, metadata: Metadata, deadline: float | None) -> None:
+    def start(
+        self, parsed: tuple[pb.ModelInferRequest, Raws], size: int, metadata: Metadata, deadline: float | None
+    ) -> None:
         """Queue a request, or run it.
 
         Args:
-            request: as it came.
+            parsed: by parse_request.
             size: of it, bytes.
             metadata: of the call.
             deadline: of the call, in time.monotonic().
         """
+        request, raws = parsed
         try:
             size += shared_bytes(request)
             self._hold = self._admission.request(size)
-            self._inference = self._service.begin(request, metadata, self._done, deadline, size=size)
+            self._inference = self._service.begin(request, metadata, self._done, deadline, raws=raws, size=size)
         except Exception as error:
             self._end(None, error)
         else:
@@ -261,18 +263,18 @@ class _Inferences:
 
     def _received(self, data: bytes | None) -> None:
         try:
-            request = None if data is None else _parse(data)
+            parsed = None if data is None else parse_request(data)
         except Exception as error:
-            request, self._fault = None, error
-        if request is None or data is None:
+            parsed, self._fault = None, error
+        if parsed is None or data is None:
             with self._lock:
                 self._reading = self._more = False
                 self._advance()
             return
         work = Work(self._service, self._admission, self._answered)
         with self._lock:
-            self._works.append((request.id, work))
-        work.start(request, len(data), self._stream.metadata, None)
+            self._works.append((parsed[0].id, work))
+        work.start(parsed, len(data), self._stream.metadata, None)
         with self._lock:
             self._reading = False
         self._read_on()

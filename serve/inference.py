@@ -8,6 +8,7 @@ import numpy as np
 
 from bundle.errors import BadInput
 from protos import inference_pb2 as pb
+from serve.envelope import Raws
 from serve.inputs import read_inputs
 from serve.outputs import Wanted, read_outputs, write_outputs
 from serve.parameters import read_request
@@ -34,6 +35,7 @@ class Inference:
         done: Callable[[Outcome], None],
         deadline: float | None,
         *,
+        raws: Raws | None = None,
         size: int = 0,
     ) -> None:
         """Read what does not depend on the model.
@@ -43,13 +45,14 @@ class Inference:
             regions: of shared memory.
             done: called once, from any thread, with what `answer` takes.
             deadline: time.monotonic() when nobody waits for the answer any more.
+            raws: its raw_input_contents, where they were taken out of it.
             size: bytes of the request, which may then run in the caller's thread if it is likely to be short; 0: not.
 
         Raises:
             BadInput, NotSupported: the request's parameters.
         """
         self._request, self._regions, self._done, self._deadline = request, regions, done, deadline
-        self._size = size
+        self._raws, self._size = raws, size
         self._options = read_request(request.parameters)
         self._wanted: list[Wanted] = []
         self.served: Served | None = None
@@ -66,7 +69,7 @@ class Inference:
         start = time.perf_counter_ns()
         model = served.model
         try:
-            arrays = read_inputs(self._request, model.inputs, model.optional, self._regions)
+            arrays = read_inputs(self._request, model.inputs, model.optional, self._regions, self._raws)
             self._wanted = read_outputs(self._request, model.outputs, self._regions)
             rows = model.rows(arrays)
         except BadInput:

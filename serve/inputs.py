@@ -16,7 +16,11 @@ MAX_BYTES = 2**31 - 1  # of one tensor; no gRPC message is longer
 
 
 def read_inputs(
-    request: pb.ModelInferRequest, specs: Sequence[TensorSpec], optional: Collection[str], regions: Regions
+    request: pb.ModelInferRequest,
+    specs: Sequence[TensorSpec],
+    optional: Collection[str],
+    regions: Regions,
+    raws: Sequence[bytes | memoryview] | None = None,
 ) -> dict[str, np.ndarray]:
     """The arrays of a request, each of exactly the datatype and a shape that its spec allows.
 
@@ -25,6 +29,7 @@ def read_inputs(
         specs: what the model takes.
         optional: names of inputs that may be left out.
         regions: shared memory that inputs may lie in.
+        raws: its raw_input_contents, where they were taken out of it.
 
     Returns:
         Arrays by name, read-only, little-endian; BYTES as objects that are bytes.
@@ -39,7 +44,8 @@ def read_inputs(
     if given != expected.keys() or len(given) < len(names):
         _check_names(names, list(expected), optional)
     places = [_place(tensor) if tensor.parameters else None for tensor in request.inputs]
-    raws, sent = list(request.raw_input_contents), places.count(None)
+    raws = list(request.raw_input_contents if raws is None else raws)
+    sent = places.count(None)
     if raws and len(raws) != sent:
         beside = " outside shared memory" if sent < len(places) else ""
         raise BadInput(f"raw_input_contents has {len(raws)} entries for {sent} inputs{beside}; expected as many.")
@@ -52,7 +58,8 @@ def read_inputs(
             continue
         _check_no_contents(tensor, place)
         raw = regions.part(place.region, place.offset, place.byte_size).read() if place else next(entries)
-        arrays[name] = from_raw(raw, tensor.datatype, shape, f"input {name!r}")
+        array = from_raw(raw, tensor.datatype, shape, f"input {name!r}")
+        arrays[name] = array if array.flags.aligned else array.copy()  # a view of a message can begin anywhere
     return arrays
 
 

@@ -15,6 +15,7 @@ from protos import inference_pb2 as pb
 from serve import logs
 from serve.config import ServeConfig
 from serve.configuration import model_config, model_metadata
+from serve.envelope import Raws
 from serve.errors import (
     AlreadyExists,
     Cancelled,
@@ -259,6 +260,7 @@ class Service:
         done: Callable[[Outcome], None],
         deadline: float | None,
         *,
+        raws: Raws | None = None,
         size: int = 0,
     ) -> Inference:
         """As `call`, for those who cannot wait within a block: what was begun is to be ended once.
@@ -268,12 +270,13 @@ class Service:
             metadata: of the call.
             done: may be called before this returns.
             deadline: time.monotonic().
+            raws: its raw_input_contents, where they were taken out of it.
             size: bytes of the request, which may then run in this thread if it is likely to be short; 0: not.
 
         Raises:
             EdgewardError: see `call`; then nothing was begun.
         """
-        inference = Inference(request, self._regions, done, deadline, size=size)
+        inference = Inference(request, self._regions, done, deadline, raws=raws, size=size)
         if self._tracer:
             inference.trace = self._tracer.begin(metadata)
         self._enter()

@@ -16,6 +16,7 @@ from protos import inference_pb2 as pb
 from serve import wire
 from serve.admission import Admission
 from serve.config import ServeConfig
+from serve.envelope import parser
 from serve.inputs import shared_bytes
 from serve.security import Tokens
 from serve.service import Metadata, Service, status
@@ -109,10 +110,10 @@ class Transport:
         for method in wire.SERVICE.methods:
             name, kind, response = method.name, method.input_type.name, getattr(pb, method.output_type.name)
             if name == "ModelStreamInfer":
-                made = grpc.stream_stream_rpc_method_handler(self._stream, wire.parser(kind), _serialize)
+                made = grpc.stream_stream_rpc_method_handler(self._stream, parser(kind), _serialize)
             else:  # as a stream of one, so that it is called before the request has arrived
                 call = self._infer if name == "ModelInfer" else self._plain(name)
-                made = grpc.stream_unary_rpc_method_handler(_answering(call, response), wire.parser(kind), _serialize)
+                made = grpc.stream_unary_rpc_method_handler(_answering(call, response), parser(kind), _serialize)
             handlers[f"/{wire.SERVICE.full_name}/{name}"] = made
         handlers[wire.REFLECTION] = _reflection()
         return handlers

@@ -1,9 +1,5 @@
 """What every transport needs to know of gRPC and of the protocol: methods, limits, messages."""
 
-from collections.abc import Callable
-from typing import Any
-
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
@@ -41,19 +37,6 @@ def options(config: ServeConfig) -> list[tuple[str, int]]:
         "grpc.max_send_message_length": config.max_message_bytes,
     }
     return list((limits | _OPTIONS).items())
-
-
-def parser(kind: str) -> Callable[[bytes], Any]:
-    """Bytes -> a message of this kind; BadInput when they are none."""
-    message = getattr(pb, kind)
-
-    def parse(data: bytes) -> Any:
-        try:
-            return message.FromString(data)
-        except DecodeError as error:
-            raise BadInput(f"the bytes are no {kind}; expected a message of inference.proto.") from error
-
-    return parse
 
 
 def no_request() -> BadInput:
