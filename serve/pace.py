@@ -6,8 +6,8 @@ from statistics import fmean
 
 _KNOWN = 16  # requests that an estimate is made of
 _EVERY = 4  # how many requests it is kept for
-_LONG_NS = 10_000_000  # what holds up everybody else, if it was not expected
-_WARY = 1000  # requests after such a one of which nothing is expected
+_LONG_NS = 30_000_000  # what holds up everybody else, if it was not expected
+_WARY = 250  # requests after such a one of which nothing is expected
 
 
 class Pace:

@@ -187,13 +187,21 @@ def _tracer(config: ServeConfig) -> "OtlpTracer | None":
 
 
 def _transport(config: ServeConfig) -> type[completion_queue.Transport] | type[transport.Transport]:
-    missing = None if config.transport == "asyncio" else completion_queue.missing()
-    if missing and config.transport == "completion-queue":
-        raise StartError(f"{missing}. Start with --transport asyncio, which needs only what is public of grpcio.")
-    chosen = "asyncio" if missing or config.transport == "asyncio" else "completion-queue"
     if config.transport == "auto":
-        log.info("transport chosen", transport=chosen, **({"because": missing} if missing else {}))
-    return transport.Transport if chosen == "asyncio" else completion_queue.Transport
+        return _fastest()
+    missing = completion_queue.missing() if config.transport == "completion-queue" else None
+    if missing:
+        raise StartError(f"{missing}. Start with --transport asyncio, which needs only what is public of grpcio.")
+    return transport.Transport if config.transport == "asyncio" else completion_queue.Transport
+
+
+def _fastest() -> type[completion_queue.Transport] | type[transport.Transport]:
+    missing = completion_queue.missing()
+    if missing:
+        log.info("transport chosen", transport="asyncio", because=missing)
+        return transport.Transport
+    log.info("transport chosen", transport="completion-queue")
+    return completion_queue.Transport
 
 
 @contextmanager

@@ -9,15 +9,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
 
 
 def pytest_addoption(parser):
-    parser.addoption("--asyncio", action="store_true", help="servers as where grpcio has no completion queue")
+    parser.addoption("--asyncio", action="store_true", help="servers that may choose take asyncio")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _transport(pytestconfig):
-    """Every server that a test starts in this process speaks gRPC on the completion queue, or all on asyncio."""
+    """Servers that a test starts in this process, and that may choose, take the completion queue, or all asyncio."""
     with pytest.MonkeyPatch.context() as patch:
         if pytestconfig.getoption("asyncio"):
-            patch.setattr("serve.completion_queue.missing", lambda: "switched off for these tests")
+            from serve import transport
+
+            patch.setattr("serve.server._fastest", lambda: transport.Transport)
         yield
 
 

@@ -44,10 +44,10 @@ def test_a_model_that_has_become_slow_is_found_out(known):
     assert known.expect_ns(100) == 40 * SHORT
 
 
-def test_after_a_long_request_nothing_is_expected_for_a_thousand(known):
+def test_after_a_long_request_nothing_is_expected_for_a_while(known):
     """Time may depend on what is in a tensor, and one such request must not be followed by a row of them."""
-    known.saw(100, 20_000_000)
-    for _ in range(1000):
+    known.saw(100, 40_000_000)
+    for _ in range(250):
         assert known.expect_ns(100) == math.inf
         known.saw(100, SHORT)
     for _ in range(4):

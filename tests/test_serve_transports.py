@@ -262,8 +262,10 @@ def test_short_requests_run_in_the_thread_of_the_completion_queue(server, stub, 
     assert threads[-1] == ("grpc" if inline else "run-echo")
 
 
-def test_a_grpcio_without_the_completion_queue_is_served_by_asyncio(tmp_path, monkeypatch):
+def test_a_grpcio_without_the_completion_queue_is_served_by_asyncio(tmp_path, monkeypatch, pytestconfig):
     """auto says why it chose so; whoever insists is told the way out."""
+    if pytestconfig.getoption("asyncio"):
+        pytest.skip("nothing is chosen")
     path = tmp_path / "echo.onnx"
     path.write_bytes(identity(np.float32, [None, 2]))
     monkeypatch.setattr(completion_queue.cygrpc, "ReceiveMessageOperation", lambda: None)
