@@ -50,19 +50,25 @@ def tune(config: ScoreConfig, plan: Plan) -> Plan:
     model = load_model(config.bundle, device=config.device, threads=1)
     variant, spec = model.variant, model.manifest.input
     del model
-    batches, splits = _batches(config, variant), _splits(config, variant, len(plan.units))
-    first = _settings(config, variant, *splits[0], batches[-1])
+    tried, shared = batches(config, variant), splits(config, variant, len(plan.units))
+    first = _settings(config, variant, *shared[0], tried[-1])
     worth = plan.rows * _row_s(variant, spec) >= WORTH_S
-    trials = list(_trials(config, plan, first, batches, splits)) if worth else []
+    trials = list(_trials(config, plan, first, tried, shared[1:])) if worth else []
     chosen = msgspec.structs.replace(_best(trials) or first, chunk=CHUNK)
     trim_memory()
-    log.info("settings", **{name: getattr(chosen, name) for name in chosen.__struct_fields__}, trials=len(trials))
-    return msgspec.structs.replace(
-        plan, settings=chosen, trials=tuple(_trial(settings, rate) for settings, rate in trials)
-    )
+    log.info("settings", **msgspec.structs.asdict(chosen), trials=len(trials))
+    return msgspec.structs.replace(plan, settings=chosen, trials=tuple(trial for _, trial in trials))
 
 
-def _batches(config: ScoreConfig, variant: Variant) -> Sequence[int]:
+def override(config: ScoreConfig, plan: Plan) -> Plan:
+    """The plan of a run that goes on, with the options that were given this time in the place of its settings."""
+    assert plan.settings is not None
+    given = {name: getattr(config, name) for name in ("processes", "threads", "batch", "decoders")}
+    changed = {name: value for name, value in given.items() if value is not None}
+    return msgspec.structs.replace(plan, settings=msgspec.structs.replace(plan.settings, **changed))
+
+
+def batches(config: ScoreConfig, variant: Variant) -> Sequence[int]:
     """Ascending; with the last begins who tries nothing."""
     if not variant.batch_invariant:
         return (1,)
@@ -73,7 +79,7 @@ def _batches(config: ScoreConfig, variant: Variant) -> Sequence[int]:
     return [rows for rows in _BATCHES if rows == 1 or rows * variant.latency.p50_ms / 1e3 <= _RUN_S][-3:]
 
 
-def _splits(config: ScoreConfig, variant: Variant, units: int) -> Sequence[tuple[int, int]]:
+def splits(config: ScoreConfig, variant: Variant, units: int) -> Sequence[tuple[int, int]]:
     """Processes × threads of each, one process first."""
     cores = cpu_count()
     if config.processes:
@@ -100,28 +106,20 @@ def _row_s(variant: Variant, spec: Input) -> float:
 
 
 def _trials(
-    config: ScoreConfig, plan: Plan, first: Settings, batches: Sequence[int], splits: Sequence[tuple[int, int]]
-) -> Iterator[tuple[Settings, float]]:
+    config: ScoreConfig, plan: Plan, first: Settings, tried: Sequence[int], others: Sequence[tuple[int, int]]
+) -> Iterator[tuple[Settings, Trial]]:
+    """Settings with what was measured of them; where the number of processes was given, of one of them."""
     best, highest = first, 0.0
-    for batch in batches if len(batches) * len(splits) > 1 else ():
+    for batch in tried if len(tried) + len(others) > 1 else ():
         settings = msgspec.structs.replace(first, batch=batch)
         rate = _alone(config, plan, settings)
-        yield settings, rate
+        yield settings, _trial(msgspec.structs.replace(settings, processes=1), rate)
         if rate > highest:
             best, highest = settings, rate
-    for processes, threads in splits[1:]:
+    for processes, threads in others:
         decoders = config.decoders or threads
         settings = msgspec.structs.replace(best, processes=processes, threads=threads, decoders=decoders)
-        yield settings, _together(config, plan, settings)
-
-
-def _best(trials: Sequence[tuple[Settings, float]]) -> Settings | None:
-    best: tuple[Settings, float] | None = None
-    for settings, rate in trials:
-        gain = GAIN if best and settings.processes > best[0].processes else 1.0
-        if best is None or rate > gain * best[1]:
-            best = settings, rate
-    return best and best[0]
+        yield settings, _trial(settings, _together(config, plan, settings))
 
 
 def _trial(settings: Settings, rate: float) -> Trial:
@@ -132,6 +130,15 @@ def _trial(settings: Settings, rate: float) -> Trial:
         decoders=settings.decoders,
         rows_per_s=rate,
     )
+
+
+def _best(trials: Sequence[tuple[Settings, Trial]]) -> Settings | None:
+    best: tuple[Settings, Trial] | None = None
+    for settings, trial in trials:
+        gain = GAIN if best and trial.processes > best[1].processes else 1.0
+        if best is None or trial.rows_per_s > gain * best[1].rows_per_s:
+            best = settings, trial
+    return best and best[0]
 
 
 def _alone(config: ScoreConfig, plan: Plan, settings: Settings) -> float:

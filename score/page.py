@@ -80,7 +80,7 @@ def pictures(answers: Answers) -> list[Picture]:
             histogram("Values, in standard deviations from the mean of training", answers.values, -SPREAD, SPREAD)
         )
     if sum(answers.labels.values()):
-        drawn.append(label_bars(answers.labels))
+        drawn.append(label_bars(answers.labels, sum(answers.confidence)))
     return drawn
 
 
@@ -111,10 +111,15 @@ def histogram(title: str, counts: Sequence[int], lowest: float, highest: float) 
     return Picture(title, WIDTH, HEIGHT, bars, ticks, note=f"highest bar: {most:,} rows ({share(most, total)})")
 
 
-def label_bars(labels: dict[str, int]) -> Picture:
-    """Bars that lie, the longest first; of many labels the most frequent."""
+def label_bars(labels: dict[str, int], rows: int) -> Picture:
+    """Bars that lie, the longest first; of many labels the most frequent.
+
+    Args:
+        labels: rows for which each was predicted.
+        rows: that were answered.
+    """
     ranked = sorted(labels.items(), key=lambda item: -item[1])
-    shown, most, total = ranked[:MOST_LABELS], max(ranked[0][1], 1), max(sum(labels.values()), 1)
+    shown, most = ranked[:MOST_LABELS], max(ranked[0][1], 1)
     room = WIDTH - _NAMES - 150
     bars = tuple(
         Bar(
@@ -122,7 +127,7 @@ def label_bars(labels: dict[str, int]) -> Picture:
             y=_TOP + i * _LINE,
             width=room * count / most,
             height=_LINE - 6,
-            says=f"{count:,} ({share(count, total)})",
+            says=f"{count:,} ({share(count, rows)})",
             name=label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…",
         )
         for i, (label, count) in enumerate(shown)
