@@ -22,6 +22,7 @@ import structlog
 from bundle.errors import EdgewardError
 from score.config import ScoreConfig
 from score.errors import WorkerDied
+from score.runner import UnitRunner
 from score.units import Plan, Unit, UnitReport
 from score.usage import measured
 
@@ -43,8 +44,6 @@ Start = Callable[[], Runner]
 
 def reports(config: ScoreConfig, plan: Plan, units: Sequence[Unit]) -> Generator[UnitReport, None, None]:
     """Score units by the settings of the plan; see run_units."""
-    from score.runner import UnitRunner
-
     assert plan.settings is not None  # they were chosen before the first unit
     return run_units(partial(UnitRunner, config, plan), units, processes=plan.settings.processes)
 

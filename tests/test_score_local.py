@@ -13,11 +13,14 @@ import structlog
 
 from bundle.errors import DataError
 from score import progress
+from score.config import ScoreConfig
 from score.errors import TooManyBadRows, WorkerDied
 from score.local import run_units
 from score.progress import follow
+from score.run import score
 from score.units import Counts, Plan, Unit
 from tests.score_runners import Runner
+from tests.serve_bundles import write_text_bundle
 
 
 def units(*orders, rows=10):
@@ -176,3 +179,26 @@ def test_a_run_tells_how_far_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     follow(run_units(partial(Runner, tmp_path), todo, processes=1), plan_of(todo), done=Counts())
     assert re.search(r"30/30.*rows/s, 3 bad", capsys.readouterr().err)
+
+
+def test_a_killed_run_goes_on_with_the_same_files(tmp_path):
+    """Byte for byte those of a run that nobody disturbed, and by the settings that were chosen first."""
+    bundle = write_text_bundle(tmp_path / "mood")
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"text": "the film is good"}\n{"text": null}\n{"text": "bad"}\n' * 300)
+    options = {"bundle": bundle, "inputs": (str(data),), "unit_rows": 10, "threads": 1}
+    whole = tmp_path / "whole"
+    score(ScoreConfig(out=str(whole), processes=1, **options))
+    out = tmp_path / "out"
+
+    arguments = ["score", str(bundle), str(data), "--out", str(out), "--unit-rows", "10"]
+    run = subprocess.Popen([sys.executable, "-m", "edgeward", *arguments, "--processes", "2", "--threads", "1"])
+    wait_until(lambda: len(list(out.glob("part-*"))) >= 2)
+    run.kill()
+    run.wait()
+    plan = (out / "_plan.json").read_bytes()
+    score(ScoreConfig(out=str(out), processes=1, **options))
+
+    assert (out / "_plan.json").read_bytes() == plan
+    kept = {path.name: path.read_bytes() for path in whole.iterdir() if not path.name.startswith(("_plan", "_report"))}
+    assert {name: (out / name).read_bytes() for name in kept} == kept
