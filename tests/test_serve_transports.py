@@ -1,5 +1,6 @@
 """Calls as gRPC makes them, on the completion queue and on asyncio: given up, late, streamed, watched, cut off."""
 
+import math
 import queue
 import threading
 import time
@@ -12,7 +13,7 @@ from structlog.testing import capture_logs
 
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
-from serve import completion_queue, wire
+from serve import completion_queue, pace, scheduler, wire
 from serve.config import ServeConfig
 from serve.errors import StartError
 from serve.server import start
@@ -248,8 +249,10 @@ def test_a_server_stops_with_calls_of_every_kind_open(server, stub, channel, gat
     never.set()
 
 
-def test_short_requests_run_in_the_thread_of_the_completion_queue(server, stub, served):
+def test_short_requests_run_in_the_thread_of_the_completion_queue(server, stub, served, monkeypatch):
     """Once a few have been seen; before, and on asyncio always, they run in a thread of the model's."""
+    monkeypatch.setattr(scheduler, "HAND_OVER_NS", math.inf)  # so that all are short, however busy the machine
+    monkeypatch.setattr(pace, "_LONG_NS", math.inf)
     gate = Gate(served)
     gate.opened.set()
     for _ in range(40):
