@@ -172,7 +172,7 @@ def _number(value: object, column: str) -> object:
     """A number, or a list of them."""
     if isinstance(value, str) and not value.lstrip().startswith("["):
         try:
-            return float(value.replace("_", "?"))  # Python reads 1_000 as 1000
+            return float("" if "_" in value else value)  # Python reads 1_000 as 1000
         except ValueError as error:
             raise BadInput(f"{column!r} is no number but {value[:40]!r}.") from error
     return _parsed(value, column)
@@ -180,7 +180,9 @@ def _number(value: object, column: str) -> object:
 
 def _vector(spec: VectorInput, numbers: list[Any], inputs: Mapping[str, str]) -> bytes:
     values = numbers[0] if spec.column in inputs else numbers
-    return vector.encode(_conform(values, TensorSpec(spec.column, "FP64", (spec.size,)), "vector").astype(np.float32))
+    array = _conform(values, TensorSpec(spec.column, "FP64", (spec.size,)), "vector")
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as that
+        return vector.encode(array)
 
 
 def _conform(values: Any, spec: TensorSpec, where: str) -> np.ndarray:

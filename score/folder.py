@@ -126,12 +126,16 @@ class Folder:
             use_threads=False,
         )
 
+    def remove(self, name: str) -> None:
+        """Remove a file, where it is there."""
+        with suppress(FileNotFoundError):
+            self.system.delete_file(self.inside(name))
+
     def sweep(self) -> None:
         """Remove what runs that were killed have left: for when every file is whole."""
         for name in self._all():
             if _is_draft(name):
-                with suppress(FileNotFoundError):
-                    self.system.delete_file(self.inside(name))
+                self.remove(name)
 
     def open(self, name: str) -> Any:
         """A file to read.

@@ -38,7 +38,7 @@ def _header(path: str, rows: CsvRows) -> list[str]:
 
 
 def keys(path: str) -> list[str]:
-    """The keys of the first objects of a JSONL file."""
+    """The keys of the first objects of a JSONL file, in which they need not all be; none when there is no object."""
     with open_file(path) as file:
         rows = islice(JsonRows(file), _SAMPLE)
         return list(dict.fromkeys(key for row in rows if not isinstance(row, BadInput) for key in row))

@@ -47,14 +47,15 @@ class PartWriter:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self._path: Path = stack.enter_context(self._folder.draft(self._name))
+            path: Path = stack.enter_context(self._folder.draft(self._name))
+            self._file = stack.enter_context(pa.OSFile(str(path), "wb"))
             match self._form:
                 case "parquet":
-                    self._rows: Any = _ParquetRows(self._path, self._schema)
+                    self._rows: Any = _ParquetRows(self._file, self._schema)
                 case "csv":
-                    self._rows = _CsvRows(self._path, self._schema)
+                    self._rows = _CsvRows(self._file, self._schema)
                 case _:
-                    self._rows = _JsonRows(self._path)
+                    self._rows = _JsonRows(self._file)
             stack.callback(self._rows.close)
             self._stack = stack.pop_all()
         return self
@@ -70,7 +71,8 @@ class PartWriter:
         self._rows.close()
         if not isinstance(self._rows, _ParquetRows):
             self._folder.write(_beside(self._name), to_json(footer))
-        return self._path.stat().st_size
+        size: int = self._file.tell()
+        return size
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -81,9 +83,9 @@ class PartWriter:
 class _ParquetRows:
     """Row groups of _GROUP_ROWS."""
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    def __init__(self, file: Any, schema: pa.Schema) -> None:
         strings = [field.name for field in schema if not pa.types.is_floating(field.type)]
-        self._writer = parquet.ParquetWriter(path, schema, use_dictionary=strings)
+        self._writer = parquet.ParquetWriter(file, schema, use_dictionary=strings)
         self._pending: list[pa.Table] = []
         self._rows = 0
 
@@ -111,9 +113,9 @@ class _ParquetRows:
 class _CsvRows:
     """Lists are written as JSON."""
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    def __init__(self, file: Any, schema: pa.Schema) -> None:
         self._schema = pa.schema([pa.field(field.name, _flat(field.type)) for field in schema])
-        self._writer = csv.CSVWriter(path, self._schema)
+        self._writer = csv.CSVWriter(file, self._schema)
 
     def write(self, table: pa.Table) -> None:
         columns = [_json(column) if pa.types.is_nested(column.type) else column for column in table.columns]
@@ -134,14 +136,14 @@ def _json(column: pa.ChunkedArray) -> pa.Array:
 class _JsonRows:
     """An object a line, every column in each."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=_BUFFER)
+    def __init__(self, file: Any) -> None:
+        self._file = file
 
     def write(self, table: pa.Table) -> None:
-        self._file.writelines(_encode(row) + b"\n" for row in table.to_pylist())
+        self._file.write(b"".join(_encode(row) + b"\n" for row in table.to_pylist()))
 
     def close(self) -> None:
-        self._file.close()
+        """Whoever opened the file closes it."""
 
 
 _encode = msgspec.json.Encoder(enc_hook=str).encode
@@ -191,16 +193,22 @@ def _checked(footer: Footer, plan: Plan, unit: Unit, folder: Folder) -> Footer:
     return footer
 
 
-def finish(folder: Folder, plan: Plan) -> Success | None:
-    """Write _SUCCESS when every unit has its part; None while one is missing.
+def total(footers: Mapping[str, Footer]) -> Counts:
+    """The counts of parts."""
+    return sum((footer.counts for footer in footers.values()), Counts())
+
+
+def finish(folder: Folder, plan: Plan, counts: Counts) -> None:
+    """Write _SUCCESS.
+
+    Args:
+        folder: holds the part of every unit.
+        plan: of the run.
+        counts: of all parts.
 
     Raises:
-        DataError: a part is of another run, or damaged; the parts do not have as many rows as the input.
+        DataError: the parts do not have as many rows as the input.
     """
-    footers = done(folder, plan)
-    if len(footers) < len(plan.units):
-        return None
-    counts = sum((footer.counts for footer in footers.values()), Counts())
     if not counts.rows_in == counts.rows_ok + counts.rows_bad == plan.rows:
         raise DataError(
             f"the parts in {folder.path} have {counts.rows_ok} scored and {counts.rows_bad} bad rows; the input has "
@@ -210,7 +218,6 @@ def finish(folder: Folder, plan: Plan) -> Success | None:
     success = Success(fingerprint=plan.fingerprint, counts=counts, parts=dict(_digests(folder, names)))
     folder.sweep()
     folder.write(SUCCESS, to_json(success))
-    return success
 
 
 def _digests(folder: Folder, names: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -36,6 +36,7 @@ def prepare(config: ScoreConfig) -> tuple[ScoreConfig, Plan]:
         inputs=tuple(map(absolute, config.inputs)),
         out=absolute(config.out),
     )
+    shard(config, ())
     manifest = read_manifest(config.bundle)
     options = _options(config, manifest)
     bundle = (config.bundle / DIGEST).read_text().split()[0]

@@ -10,7 +10,7 @@ import pyarrow as pa
 from bundle.errors import DataError
 from bundle.manifest import ImageInput, Input, VectorInput
 from score import arrays, line_files, row_groups
-from score.examples import Columns, Raw, Stored, choose_columns, from_arrow, from_values
+from score.examples import Columns, Raw, Stored, choose_columns, from_arrow, from_values, input_names
 from score.files import Found, version_of
 from score.units import InputFile, Unit
 
@@ -54,18 +54,17 @@ class Wanted:
         Raises:
             DataError: the file lacks one, or cannot be read.
         """
+        kept = dict.fromkeys(self.keep, pa.string())
         match kind:
             case "parquet":
                 types = row_groups.schema(path)
             case "csv":
                 names = line_files.header(path)
-                found = choose_columns(self.spec, self.column, self.keep, names, path)
-                return found, dict.fromkeys(self.keep, pa.string())
+                return choose_columns(self.spec, self.column, self.keep, names, path), kept
             case "jsonl":
-                names = [*line_files.keys(path)]
-                missing = [name for name in self.keep.values() if name not in names]
-                found = choose_columns(self.spec, self.column, self.keep, [*names, *missing], path)
-                return found, dict.fromkeys(self.keep, pa.string())
+                keys = line_files.keys(path)
+                names = list(dict.fromkeys([*keys, *self.keep.values(), *([] if keys else self._all())]))
+                return choose_columns(self.spec, self.column, self.keep, names, path), kept
             case "npz":
                 types = {name: _arrow_type(shape, dtype) for name, (shape, dtype) in arrays.shapes(path).items()}
             case _:
@@ -75,6 +74,9 @@ class Wanted:
             column = {**column, self.spec.column: _ARRAY}
         found = choose_columns(self.spec, column, self.keep, list(types), path)
         return found, {name: types[source] for name, source in self.keep.items()}
+
+    def _all(self) -> list[str]:
+        return [self.column.get(name, name) for name in sorted(input_names(self.spec))]
 
     def _image_columns(self, path: str) -> Columns:
         if self.keep or self.column:

@@ -7,12 +7,11 @@ import structlog
 
 from bundle.manifest import Record
 from bundle.store import read_manifest
-from score import local, parts, report
-from score.autotune import tune
+from score import autotune, local, parts, report
 from score.config import ScoreConfig
 from score.folder import Folder
 from score.plan import prepare, record, shard
-from score.progress import Outcome, follow
+from score.progress import follow
 from score.units import Counts, Plan, Settings, Unit, UnitReport
 
 log = structlog.get_logger()
@@ -48,28 +47,34 @@ def score(config: ScoreConfig, engine: Engine | None = None) -> Result:
     config, plan = prepare(config)
     folder = Folder(config.out)
     if plan.settings is None:
-        plan = record(folder, tune(config, plan))
+        plan = record(folder, autotune.tune(config, plan))
+    plan = autotune.override(config, plan)
     assert plan.settings is not None
     done = parts.done(folder, plan)
     left = [unit for unit in shard(config, plan.units) if unit.name not in done]
-    if done:
+    if done and left:
         log.info("going on", parts=len(done), of=len(plan.units))
-    earlier = sum((footer.counts for footer in done.values()), Counts())
-    reports = _choose(engine, config)(config, plan, left)
-    outcome = follow(reports, plan, done=earlier, max_error_rate=config.max_error_rate)
-    _report(config, folder, plan, outcome)
-    success = parts.finish(folder, plan)
-    done = parts.done(folder, plan) if success is None else {}
-    counts = sum((footer.counts for footer in done.values()), Counts()) if success is None else success.counts
-    written = len(done) if success is None else len(plan.units)
+    if len(done) < len(plan.units):
+        folder.remove(parts.SUCCESS)  # of a finished run that has lost parts since
+    reports = (engine or _named(config))(config, plan, left) if left else _nothing()
+    outcome = follow(reports, plan, done=parts.total(done), max_error_rate=config.max_error_rate)
+    done = parts.done(folder, plan)
+    if len(done) == len(plan.units) and folder.read(parts.SUCCESS) is None:
+        whole = msgspec.structs.replace(outcome, counts=parts.total(done))  # with what other shards have scored
+        for name, data in report.files(read_manifest(config.bundle), plan, whole).items():
+            folder.write(name, data)
+        parts.finish(folder, plan, parts.total(done))
     return Result(
-        out=config.out, counts=counts, parts=written, missing=len(plan.units) - written, settings=plan.settings
+        out=config.out,
+        counts=parts.total(done),
+        parts=len(done),
+        missing=len(plan.units) - len(done),
+        settings=plan.settings,
     )
 
 
-def _choose(engine: Engine | None, config: ScoreConfig) -> Engine:
-    if engine is not None:
-        return engine
+def _named(config: ScoreConfig) -> Engine:
+    """The engine that the configuration names."""
     if config.engine == "ray":
         from score.ray_engine import reports
 
@@ -77,12 +82,5 @@ def _choose(engine: Engine | None, config: ScoreConfig) -> Engine:
     return local.reports
 
 
-def _report(config: ScoreConfig, folder: Folder, plan: Plan, outcome: Outcome) -> None:
-    """Write the report once every part is there; where nothing was left to do, that of the run that did it stays."""
-    footers = parts.done(folder, plan)
-    if len(footers) < len(plan.units) or (not outcome.rows and folder.read(report.JSON) is not None):
-        return
-    counts = sum((footer.counts for footer in footers.values()), Counts())
-    whole = msgspec.structs.replace(outcome, counts=counts)
-    for name, data in report.files(read_manifest(config.bundle), plan, whole).items():
-        folder.write(name, data)
+def _nothing() -> Generator[UnitReport, None, None]:
+    yield from ()
