@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from dataclasses import replace
+from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -124,3 +124,11 @@ def test_an_executor_of_spark_gives_each_row_its_answers(config):
     expected = pa.concat_tables(map(parquet.read_table, sorted(Path(config.out).glob("part-000000-*.parquet"))))
 
     assert given.drop_columns(["text"]).equals(expected.drop_columns(["_file", "_row"]).replace_schema_metadata())
+
+
+def test_the_page_names_every_option():
+    """docs/scoring.md has the options that there are, and no others."""
+    page = (ROOT / "docs" / "scoring.md").read_text().split("### Spark")[0]
+    options = {f"--{field.name.replace('_', '-')}" for field in fields(ScoreConfig)} - {"--bundle", "--inputs"}
+
+    assert set(re.findall(r"(?<!-)--[a-z][a-z-]*", page)) == options
