@@ -215,6 +215,17 @@ def test_nothing_is_written_at_home_and_nobody_is_called(run_guarded, arguments)
     assert attempts == []
 
 
+def test_scoring_is_silent(run_guarded, tmp_path):
+    """Files are scored by processes of their own without a word to anyone, or a file at home."""
+    (tmp_path / "texts.csv").write_text("text\n" + "a film\n" * 20)
+    arguments = [GOLDEN / "format-1-text", tmp_path / "texts.csv", "--out", tmp_path / "out", "--unit-rows", "10"]
+    _, written, attempts = run_guarded("-m", "edgeward", "score", *arguments, "--processes", "2")
+
+    assert (tmp_path / "out" / "_SUCCESS").is_file()
+    assert written == []
+    assert attempts == []
+
+
 def test_training_and_export_are_silent(run_guarded, text_checkpoint, tmp_path):
     """A model is fine-tuned, compiled and gated without a word to anyone, or a file at home that is not our cache."""
     config = load_checkpoint(text_checkpoint).spec.provenance.config
