@@ -88,6 +88,7 @@ def stages(task: str, bundle: str, source: Path, out: Path, workers: int) -> dic
     from score.plan import prepare
     from score.readers import Reader, Wanted
     from score.scorer import Scorer
+    from score.units import Counts, Footer
 
     config = ScoreConfig(Path(bundle), (str(source),), str(out), threads=1, device="cpu")
     config, plan = prepare(config)
@@ -101,9 +102,18 @@ def stages(task: str, bundle: str, source: Path, out: Path, workers: int) -> dic
     batches = [tensors[start : start + BATCH] for start in range(0, len(tensors), BATCH)]
     scorer.model.logits(batches[0])
     _, session_s = timed(lambda: [scorer.model.logits(batch) for batch in by_length(scorer, tensors)])
-    tables = [scorer.answer(each) for each in rows]
+    tables = [scorer.answer(each).table for each in rows]
+    footer = Footer(
+        fingerprint=plan.fingerprint,
+        bundle=plan.bundle,
+        variant=scorer.model.variant.name,
+        input=plan.files[0],
+        unit=units[0].name,
+        first_row=0,
+        counts=Counts(),
+    )
     with PartWriter(Folder(str(out)), units[0], tables[0].schema, "parquet") as part:
-        _, write_s = timed(lambda: [part.write(table) for table in tables] and part.close())
+        _, write_s = timed(lambda: [*map(part.write, tables), part.finish(footer)])
     seconds = {"read": read_s, "preprocess": preprocess_s, "session": session_s, "write": write_s}
     return {name: value / count for name, value in seconds.items()}
 
