@@ -221,4 +221,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks import score_peer  # what goes to other processes is found there by its name
+
+    score_peer.main()
