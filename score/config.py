@@ -33,7 +33,7 @@ class ScoreConfig:
     logits: bool = False
     """Give the logits of classification tasks."""
     unit_rows: int | None = None
-    """Rows that are scored and written as one part; by default 16384, and 1024 of images."""
+    """Rows that are scored and written as one part; by default 4096, and 1024 of images."""
     max_error_rate: float = 1.0
     """Stop with an error as soon as more than this fraction of all rows could not be scored."""
     device: Device = "auto"
