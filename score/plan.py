@@ -102,9 +102,7 @@ def _options(config: ScoreConfig, manifest: Manifest) -> dict[str, str]:
     if taken & keep.keys():
         name = min(taken & keep.keys())
         raise DataError(f"the output has a column {name!r} already. Keep that of the input as --keep NAME={name}.")
-    for name, value, least in (("top-k", config.top_k, 0), ("unit-rows", config.unit_rows or 1, 1)):
-        if value < least:
-            raise DataError(f"--{name} is {value}; expected at least {least}.")
+    _check_numbers(config)
     unit_rows = config.unit_rows or (UNIT_IMAGES if isinstance(manifest.input, ImageInput) else UNIT_ROWS)
     return {
         "format": config.format,
@@ -115,6 +113,17 @@ def _options(config: ScoreConfig, manifest: Manifest) -> dict[str, str]:
         "logits": str(config.logits),
         "unit_rows": str(unit_rows),
     }
+
+
+def _check_numbers(config: ScoreConfig) -> None:
+    counts = ("unit_rows", "processes", "threads", "batch", "decoders")
+    least = {"top_k": 0, **dict.fromkeys(counts, 1)}
+    for name, limit in least.items():
+        value = getattr(config, name)
+        if value is not None and value < limit:
+            raise DataError(f"--{name.replace('_', '-')} is {value}; expected at least {limit}.")
+    if not 0 <= config.max_error_rate <= 1:
+        raise DataError(f"--max-error-rate is {config.max_error_rate}; expected a fraction from 0 to 1.")
 
 
 def _shown(names: dict[str, str]) -> str:

@@ -290,3 +290,15 @@ def test_a_parquet_part_reads_as_a_data_set(whole):
 
     assert isinstance(table, pa.Table)
     assert len(table) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("unit_rows", 0), ("processes", 0), ("threads", -1), ("batch", 0), ("decoders", 0), ("top_k", -1)]
+    + [("max_error_rate", value) for value in (-0.1, 1.5)],
+)
+def test_numbers_that_mean_nothing_are_refused(mood, texts, tmp_path, option, value):
+    """Before anything is read or written; 0 is not the default in disguise."""
+    with pytest.raises(DataError, match=f"--{option.replace('_', '-')} is {value}; expected"):
+        prepare(config(mood, texts, out=tmp_path / "out", **{option: value}))
+    assert not (tmp_path / "out").exists()
