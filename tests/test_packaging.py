@@ -50,9 +50,9 @@ def test_changelog_knows_the_version():
 
 
 CLIENT = """
-import json, subprocess, sys, re
+import json, subprocess, sys
 server = subprocess.Popen([sys.argv[1], "serve", sys.argv[2], "--port", "0"], stderr=subprocess.PIPE, text=True)
-address = next(found[1] for line in server.stderr if (found := re.search(r"address=(\\S+)", line)))
+address = next(json.loads(line)["address"] for line in server.stderr if '"event": "ready"' in line)
 command = [sys.argv[1], "infer", address, "tweets", "what a day", "--json"]
 done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
 server.terminate()

@@ -35,7 +35,7 @@ def serving():
         )
         started.append(server)
         for line in server.stderr:
-            found = re.search(r"address=(\S+)", line)
+            found = re.search(r'"address": "([^"]+)"', line)
             if found:
                 return found[1]
         pytest.fail("the server did not start")
