@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import structlog
@@ -101,13 +101,7 @@ def optimized(graph: bytes, *, level: Literal["basic", "all"] = "all") -> bytes:
         path = Path(folder) / "optimized.onnx"
         options.optimized_model_filepath = str(path)
         try:
-            onnxruntime.InferenceSession(
-                graph,
-                sess_options=options,
-                providers=cuda.providers("cpu"),
-                enable_fallback=0,
-                disabled_optimizers=_SLOW["cpu"],
-            )
+            _made(graph, options, "cpu", cuda.providers("cpu"))
         except Exception as error:  # onnxruntime's own classes derive from Exception
             raise ModelError(f"ONNX Runtime cannot load the graph: {error}") from error
         return path.read_bytes()
@@ -130,13 +124,7 @@ def node_times(graph: bytes, feeds: Sequence[Mapping[str, np.ndarray]], *, threa
     with tempfile.TemporaryDirectory(prefix="edgeward-") as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
         try:
-            session = onnxruntime.InferenceSession(
-                graph,
-                sess_options=options,
-                providers=cuda.providers("cpu"),
-                enable_fallback=0,
-                disabled_optimizers=_SLOW["cpu"],
-            )
+            session = _made(graph, options, "cpu", cuda.providers("cpu"))
             for feed in (*feeds[:1], *feeds[:1], *feeds):
                 session.run(None, feed)
             events = json.loads(Path(session.end_profiling()).read_bytes())
@@ -233,13 +221,7 @@ def _load(
         options.add_external_initializers_from_files_in_memory([file], [graph], [len(graph)])
     try:
         with nullcontext() if device == "cpu" else cuda.GPU.shared():
-            session = onnxruntime.InferenceSession(
-                read,
-                sess_options=options,
-                providers=providers,
-                enable_fallback=0,
-                disabled_optimizers=_SLOW.get(device),
-            )
+            session = _made(read, options, device, providers)
     except Exception as error:
         # The provider's own errors are RuntimeErrors; those of a bad graph derive from Exception.
         if device != "cpu" and isinstance(error, RuntimeError):
@@ -249,6 +231,14 @@ def _load(
     if session.get_providers()[0] != wanted:  # the runtime falls back to the next without an error
         raise DeviceUnavailable(f"{name} cannot be used here: no GPU, no driver, or no {name} libraries.")
     return session
+
+
+def _made(
+    graph: bytes, options: onnxruntime.SessionOptions, device: str, providers: Any
+) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(
+        graph, sess_options=options, providers=providers, enable_fallback=0, disabled_optimizers=_SLOW.get(device)
+    )
 
 
 def _options(threads: int, optimize: bool) -> onnxruntime.SessionOptions:

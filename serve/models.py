@@ -71,12 +71,6 @@ class ServedModel:
     run: Callable[[Sequence[Any], int | None], Sequence[Any]] = field(repr=False)
     encode: Callable[[Any], dict[str, np.ndarray]] = field(repr=False)
 
-    def infer(self, arrays: Arrays) -> dict[str, np.ndarray]:
-        """The answer to one request, run alone."""
-        self.rows(arrays)
-        (result,) = self.run([self.decode(arrays)], None)
-        return self.encode(result)
-
     def rows(self, arrays: Arrays) -> int:
         """Of one request; 1 where no axis is known to be the batch.
 

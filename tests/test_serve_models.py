@@ -292,4 +292,5 @@ def test_a_graph_that_zeros_do_not_fit_is_served(tmp_path):
         [one] = start(tmp_path)
 
     assert [entry["event"] for entry in logs] == ["ungated model", "not warmed up", "loaded"]
-    assert one.model.infer({"x": np.arange(4, dtype=np.float32)})["y"].tolist() == [[0, 1], [2, 3]]
+    (result,) = one.model.run([one.model.decode({"x": np.arange(4, dtype=np.float32)})], None)
+    assert one.model.encode(result)["y"].tolist() == [[0, 1], [2, 3]]
