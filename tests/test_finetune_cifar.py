@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import urllib.request
 from io import BytesIO
 
 import numpy as np
@@ -123,6 +124,7 @@ def test_torchvision_has_the_same_examples(tmp_path, monkeypatch):
 def test_without_a_network_the_binary_version_is_asked_for(tmp_path, monkeypatch):
     """A download that fails is one clear error."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "_opener", None)  # the first call makes it, with the proxies of that moment
     for scheme in ("http", "https"):
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")  # the discard port: nobody listens
 
