@@ -115,9 +115,17 @@ class Folder:
         _flush(Path(self._inside))
 
     def _put(self, path: Path, name: str) -> None:
-        """An object appears with its last byte."""
-        with suppress(OSError):
-            self.system.create_dir(self._inside, recursive=True)  # object stores have none, others need it
+        """An object of a bucket appears with its last byte; elsewhere it gets its name when it is whole."""
+        if isinstance(self.system, fs.PyFileSystem):
+            draft = f".{name}{DRAFT}{secrets.token_hex(8)}"
+            with suppress(OSError):
+                self.system.create_dir(self._inside, recursive=True)  # object stores have none, others need it
+            self._copy(path, draft)
+            self.system.move(self.inside(draft), self.inside(name))
+        else:
+            self._copy(path, name)
+
+    def _copy(self, path: Path, name: str) -> None:
         fs.copy_files(
             str(path),
             self.inside(name),
@@ -128,8 +136,12 @@ class Folder:
 
     def remove(self, name: str) -> None:
         """Remove a file, where it is there."""
-        with suppress(FileNotFoundError):
-            self.system.delete_file(self.inside(name))
+        path = self.inside(name)
+        if (
+            self.system.get_file_info(path).type == fs.FileType.File
+        ):  # of a bucket pyarrow would put an object "FOLDER/"
+            with suppress(FileNotFoundError):
+                self.system.delete_file(path)
 
     def sweep(self) -> None:
         """Remove what runs that were killed have left: for when every file is whole."""
