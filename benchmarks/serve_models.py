@@ -125,10 +125,11 @@ class SideBySide:
     def __init__(self, kind: str, out: Path, count: int) -> None:
         self._each = [InProcess(kind, out, threads=1) for _ in range(count)]
 
-    def rate(self, seconds: float) -> float:
-        """Answers a second of all together."""
+    def closed(self, seconds: float) -> Load:
+        """Each one after the other, all at the same time."""
         with ThreadPoolExecutor(len(self._each)) as pool:
-            return sum(load.rate for load in pool.map(lambda one: one.closed(seconds), self._each))
+            loads = list(pool.map(lambda one: one.closed(seconds), self._each))
+        return Load(np.concatenate([load.latencies for load in loads]), max(load.seconds for load in loads))
 
 
 def model(name: str, out: Path) -> Path:

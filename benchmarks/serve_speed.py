@@ -1,0 +1,218 @@
+"""How fast the server is, beside its limits, each figure with its goal: python -m benchmarks.serve_speed [--keep]
+
+Everything that is compared runs in one go, in turns, in processes of its own; a figure is the median over the rounds of
+the ratios within each round. The server is `edgeward serve` as people start it: batching, admission, deadlines and
+counts are on. An echo is its transport with a handler that parses nothing and answers a constant, sent the same bytes.
+
+tiny      A network of 12,000 weights, on TCP, a Unix-domain socket and TLS: what a call costs.
+added     ResNet18 with uint8 and float32, tweets to MiniLM, JPEG: what serving adds to the same work in process.
+many      ResNet18 with uint8: 8 clients, without and with other work on the machine.
+batching  MiniLM in fp32: 16 clients, joined and one by one.
+idle, start, memory, install: see benchmarks/serve_footprint.py
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.serve_figures import Figure, Options, in_turns, keep, middle, ratio, table
+from benchmarks.serve_footprint import idle, install, memory, start
+from benchmarks.serve_load import INFER, Callers, Load, Target, ask, calling, worker
+from benchmarks.serve_models import InProcess, SideBySide, Work, model, work
+from benchmarks.serve_sides import Echo, Naive, certificate, competitor, cpu_s, serving
+from bundle.host import cpu_count, cpu_name
+
+ECHO = "/echo/constant"
+
+p50, p99, rate = attrgetter("p50"), attrgetter("p99"), attrgetter("rate")
+
+
+def tiny(options: Options) -> Iterator[Figure]:
+    """What a call costs, on every transport."""
+    for transport in ("TCP", "unix", "TLS"):
+        yield from _tiny(options, transport)
+
+
+def _tiny(options: Options, transport: str) -> Iterator[Figure]:
+    goal = "7" if transport == "TLS" else "1"
+    with ExitStack() as stack, TemporaryDirectory() as folder:
+        callers = _tiny_callers(stack, options, transport, Path(folder))
+        sides = {
+            (name, count): partial(each.closed, count, options.seconds)
+            for count in (1, 8)
+            for name, each in callers.items()
+        }
+        found = in_turns(sides, options.rounds)
+    ours = found["served", 1]
+    said = f"{middle(ours, p50):.3f} and {middle(found['echo', 1], p50):.3f} ms; p99 {middle(ours, p99):.2f} ms"
+    yield Figure(goal, f"tiny, {transport}, c=1: p50 / echo", ratio(ours, found["echo", 1], p50), "<=", 1.6, said)
+    for name in callers:
+        if name not in ("served", "echo"):
+            one, eight = (ratio(found["served", c], found[name, c], of) for c, of in ((1, p50), (8, rate)))
+            said = f"{middle(found[name, 1], p50):.3f} ms"
+            yield Figure(goal, f"tiny, {transport}, c=1: p50 / {name}", one, "<=", 0.7, said)
+            said = f"{middle(found['served', 8], rate):.0f} and {middle(found[name, 8], rate):.0f} answers/s"
+            yield Figure(goal, f"tiny, {transport}, c=8: throughput / {name}", eight, ">=", 2.5, said)
+    share = ratio(found["served", 8], found["echo", 8], rate)
+    said = f"echo {middle(found['echo', 8], rate):.0f} answers/s"
+    yield Figure(goal, f"tiny, {transport}, c=8: throughput / echo", share, said=said)
+
+
+def _tiny_callers(stack: ExitStack, options: Options, transport: str, folder: Path) -> dict[str, Callers]:
+    path, asked = model("tiny", options.out), work("tiny", options.out)
+    cert, key = certificate(folder)
+    ca = cert.read_bytes() if transport == "TLS" else None
+
+    def listen(name: str) -> dict[str, Any]:
+        by = {"unix": {"socket": folder / name}, "TLS": {"tls_cert": cert, "tls_key": key}}
+        return by.get(transport, {})
+
+    def call(address: str, method: str = INFER) -> Callers:
+        return stack.enter_context(calling(Target(address, asked.requests(), method, ca)))
+
+    found = {}
+    for name, more in (("served", ()), ("asyncio", ("--transport", "asyncio"))):
+        words = [word for option, value in listen(name).items() for word in (f"--{option.replace('_', '-')}", value)]
+        found[name] = call(stack.enter_context(serving(path, *words, *more)).address)
+    answer = found["served"].answers(1)[0]
+    found["echo"] = call(ask(stack.enter_context(worker(Echo, path, {ECHO: answer}, listen("echo"))), "address"), ECHO)
+    if transport == "TCP":
+        found["thirty lines of asyncio"] = call(ask(stack.enter_context(worker(Naive, path)), "address"))
+    return found
+
+
+def added(options: Options) -> Iterator[Figure]:
+    """What serving adds to the work itself, in units of an echo."""
+    for kind in ("uint8", "float32", "jpeg", "tweets"):
+        yield _added(options, kind)
+
+
+def _added(options: Options, kind: str) -> Figure:
+    asked = work(kind, options.out)
+    with ExitStack() as stack:
+        served, echo = _served_and_echo(stack, options, asked)
+        inside = stack.enter_context(worker(InProcess, kind, options.out))
+        sides: dict[str, Callable[[], Load]] = {
+            "served": lambda: served.closed(1, options.seconds / 2),
+            "inside": lambda: ask(inside, "closed", options.seconds / 2),
+            "echo": lambda: echo.closed(1, options.seconds / 4),
+        }
+        found = in_turns(sides, 3 * options.rounds)
+    rounds = zip(found["served"], found["inside"], found["echo"], strict=True)
+    value = median((served.p50 - inside.p50) / echo.p50 for served, inside, echo in rounds)
+    said = ", ".join(f"{name} {middle(loads, p50):.3f} ms" for name, loads in found.items())
+    return Figure("2", f"{kind}, c=1: (served - in process) / echo", value, "<=", 1.3, said)
+
+
+def _served_and_echo(stack: ExitStack, options: Options, asked: Work) -> tuple[Callers, Callers]:
+    requests = asked.requests()
+    server = stack.enter_context(serving(model(asked.model, options.out)))
+    served = stack.enter_context(calling(Target(server.address, requests)))
+    answers = {ECHO: served.answers(1)[0]}
+    echo = ask(stack.enter_context(worker(Echo, model("tiny", options.out), answers, {})), "address")
+    return served, stack.enter_context(calling(Target(echo, requests, ECHO)))
+
+
+def many(options: Options) -> Iterator[Figure]:
+    """Eight clients of ResNet18, beside as many bare sessions of one thread as there are cores."""
+    asked, cores = work("uint8", options.out), cpu_count()
+    with ExitStack() as stack:
+        server = stack.enter_context(serving(model(asked.model, options.out)))
+        callers = stack.enter_context(calling(Target(server.address, asked.requests())))
+        pair = stack.enter_context(worker(SideBySide, "uint8", options.out, cores))
+        sides: dict[str, Callable[[], Load]] = {
+            "served": lambda: callers.closed(8, 2 * options.seconds),
+            "sessions": lambda: ask(pair, "closed", 2 * options.seconds),
+            "one": lambda: callers.closed(1, options.seconds),
+        }
+        found = in_turns(sides, options.rounds)
+        kept = [_kept(sides["served"], cores) for _ in range(options.rounds)]
+    served = found["served"]
+    rates = {name: middle(loads, rate) for name, loads in found.items()}
+    said = f"{rates['served']:.0f} and {rates['sessions']:.0f} answers/s; at c=1 {rates['one']:.0f}"
+    share = ratio(served, found["sessions"], rate)
+    yield Figure("3", f"uint8, c=8: throughput / {cores} bare sessions of one thread", share, ">=", 0.95, said)
+    said = f"{middle(served, p50):.1f} and {middle(served, p99):.1f} ms"
+    yield Figure("3", "uint8, c=8: p99 / p50", median(each.p99 / each.p50 for each in served), "<=", 1.6, said)
+    speeds, left = ([each[i] for each in kept] for i in (0, 1))
+    share = median(speed / middle(served, rate) / cores_left for speed, cores_left in kept)
+    said = f"{median(speeds):.0f} answers/s with {median(left):.0%} of the cores"
+    yield Figure("3", "uint8, c=8, other work: throughput kept / core time left", share, ">=", 1.0, said)
+
+
+def _kept(side: Callable[[], Load], cores: int) -> tuple[float, float]:
+    """Answers a second while another process is busy, and the share of the cores that it left."""
+    with competitor() as other:
+        before, began = cpu_s(other), time.perf_counter()
+        load = side()
+        taken = (cpu_s(other) - before) / (time.perf_counter() - began)
+    return load.rate, 1 - taken / cores
+
+
+def batching(options: Options) -> Iterator[Figure]:
+    """Sixteen clients of a model whose answers do not depend on their neighbours."""
+    path, asked = model("joined", options.out), work("joined", options.out)
+    with ExitStack() as stack:
+        callers = {}
+        for name, arguments in (("joined", ()), ("alone", ("--max-batch", "1"))):
+            server = stack.enter_context(serving(path, *arguments))
+            callers[name] = stack.enter_context(calling(Target(server.address, asked.requests())))
+        answers = {name: each.answers(16) for name, each in callers.items()}
+        sides = {name: partial(each.closed, 16, 2 * options.seconds) for name, each in callers.items()}
+        found = in_turns(sides, options.rounds)
+    said = ", ".join(
+        f"{name} {middle(loads, rate):.0f}/s p50 {middle(loads, p50):.0f} ms" for name, loads in found.items()
+    )
+    share = ratio(found["joined"], found["alone"], rate)
+    yield Figure("4", "tweets, fp32, c=16: throughput joined / one by one", share, ">=", 1.5, said)
+    differ = sum(a != b for a, b in zip(*answers.values(), strict=True))
+    yield Figure("4", f"answers that differ, of {len(asked.examples)}", differ, "<=", 0)
+
+
+GOALS = {
+    "tiny": tiny,
+    "added": added,
+    "many": many,
+    "batching": batching,
+    "idle": idle,
+    "start": start,
+    "memory": memory,
+    "install": install,
+}
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("demo/bench"), help="for the models (default demo/bench)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of one side in one round (default 1)")
+    parser.add_argument("--only", nargs="+", default=list(GOALS), choices=GOALS, metavar="NAME", help=" ".join(GOALS))
+    parser.add_argument("--keep", action="store_true", help="write benchmarks/results/serve_speed.md and .json")
+    chosen = parser.parse_args()
+    os.environ |= {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
+    options = Options(chosen.out.resolve(), chosen.rounds, chosen.seconds)
+    figures = []
+    for name in chosen.only:
+        for figure in GOALS[name](options):
+            print(figure.line(), file=sys.stderr, flush=True)
+            figures.append(figure)
+    words = " ".join(["python -m benchmarks.serve_speed", *sys.argv[1:]])
+    title = f"`{words}`, {cpu_count()} cores {cpu_name()}, {datetime.now(UTC):%Y-%m-%d}"
+    print(f"{title}\n\n{table(figures)}")
+    if chosen.keep:
+        keep("serve_speed", title, figures)
+
+
+if __name__ == "__main__":
+    main()
