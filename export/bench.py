@@ -60,7 +60,7 @@ class Candidate:
     leftovers: int
     logits: np.ndarray  # float32 (N, columns of all tasks), of the selection split
     selection: tuple[GateRecord, ...]  # for each task
-    margin: float  # of the bound to be expected on the gate split, see gate.expected_margin
+    chance: float  # of passing the gate, see gate.chance_of_passing
     kl: float  # divergence from the reference on the selection split, nats
     latency: Latency | None = None  # at batch 1; none until it is timed
     throughput: BatchLatency | None = None  # at the largest batch, when that is what counts
@@ -78,8 +78,8 @@ class Candidate:
 
     @property
     def promising(self) -> bool:
-        """Whether it would pass the gate, were the gate split like the selection split."""
-        return self.margin >= 0
+        """Whether the gate is more likely to pass it than not."""
+        return self.chance >= 0.5
 
     @property
     def drop(self) -> float:
@@ -149,7 +149,7 @@ class Bench:
             traits.leftovers,
             logits,
             records,
-            gate.expected_margin(records, self._scale),
+            gate.chance_of_passing(records, self._scale),
             fidelity.screen_kl(source.tasks, source.selection.logits, logits),
         )
         log.info("candidate", variant=candidate.name, drop=candidate.drop, kl=candidate.kl)
@@ -163,7 +163,7 @@ class Bench:
     def can_pass(self) -> bool:
         """Whether the gate split is large enough for a variant that changes no answer to pass."""
         same = self.judge(self.source.selection, self.source.selection.logits)
-        return gate.expected_margin(same, self._scale) >= 0
+        return gate.chance_of_passing(same, self._scale) >= 0.5
 
     def harms(self, base: Candidate, groups: Sequence[Group]) -> list[float]:
         """By how much the KL divergence of a quantized candidate falls when one group alone is in fp32, nats."""

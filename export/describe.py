@@ -121,7 +121,7 @@ def _outcome(one: Candidate, config: ExportConfig, findings: Findings) -> tuple[
     if speed(one, config.optimize) >= speed(chosen, config.optimize):
         return "slower", f"slower than {chosen.name}"
     if one.promising:
-        return "less accurate", f"not surely faster than {chosen.name}, and less accurate"
+        return "not chosen", f"the gate is less likely to pass it: {one.chance:.0%}, {chosen.name} {chosen.chance:.0%}"
     return "not chosen", "within the budget on the selection split, but the gate was not to be expected to pass it"
 
 

@@ -8,6 +8,7 @@ by itself, and all must pass: a model that is beyond the budget in one task pass
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
+from statistics import NormalDist
 
 import msgspec
 import numpy as np
@@ -126,29 +127,39 @@ def closest(records: Sequence[GateRecord]) -> GateRecord:
     return max(records, key=lambda record: (order.index(record.verdict), record.drop_upper - record.budget))
 
 
-def expected_margin(records: Sequence[GateRecord], scale: float) -> float:
-    """How far within the budget the worst bound is to be expected on so many times the examples.
+def chance_of_passing(records: Sequence[GateRecord], scale: float) -> float:
+    """How likely the gate is to pass on so many times the examples, that of the task for which it is least likely.
 
     How many answers change is seen well on few examples, whether more are lost than won is not. So what is won and lost
-    is taken together with PRIOR changes of which half are for the better: the mean of a Beta posterior.
+    is taken together with PRIOR changes of which half are for the better, a Beta posterior. The gate's own bound is
+    then normal about the one to be expected, with the spread of a Beta-binomial: 0.5 where that is the budget.
 
     Args:
         records: of each task, on some examples.
         scale: how many times as many others there are.
-
-    Returns:
-        Budget less upper bound; negative when the gate is not to be expected to pass.
     """
-    return min(record.budget - _expected_bound(record, scale) for record in records)
+    return min(_chance(record, scale) for record in records)
 
 
-def _expected_bound(record: GateRecord, scale: float) -> float:
+def _chance(record: GateRecord, scale: float) -> float:
     if record.lost is None or record.won is None:
-        return record.drop + (record.drop_upper - record.drop) / sqrt(scale)
-    changed = record.lost + record.won
-    net = changed * (record.lost - record.won) / (changed + PRIOR)
-    lost, won, n = (scale * count for count in ((changed + net) / 2, (changed - net) / 2, record.examples))
-    return drop_bounds(lost, won, n, record.confidence)[1]
+        expected = record.drop + (record.drop_upper - record.drop) / sqrt(scale)
+        spread = (record.drop_upper - record.drop) / NormalDist().inv_cdf(record.confidence) * sqrt(1 + 1 / scale)
+    else:
+        expected, spread = _counted(record.lost, record.won, scale * record.examples, scale, record.confidence)
+    margin = record.budget - expected
+    return NormalDist().cdf(margin / spread) if spread > 0 else float(margin >= 0)
+
+
+def _counted(lost: int, won: int, n: float, scale: float, confidence: float) -> tuple[float, float]:
+    """The upper bound to be expected on n examples, and by how much (one standard deviation) it may differ."""
+    changed = lost + won
+    net = changed * (lost - won) / (changed + PRIOR)
+    expected = drop_bounds(scale * (changed + net) / 2, scale * (changed - net) / 2, n, confidence)[1]
+    share, seen = (lost + PRIOR / 2) / (changed + PRIOR), changed + PRIOR
+    to_come = scale * (changed + 0.5)  # that nothing changed is no proof that nothing will
+    variance = to_come * share * (1 - share) * (1 + max(to_come - 1, 0) / (seen + 1))
+    return expected, 2 * sqrt(variance) / n
 
 
 def judge(

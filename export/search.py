@@ -23,6 +23,7 @@ log = structlog.get_logger()
 
 WORTHWHILE = 0.97  # an int8 variant whose latency ratio may be above this is not worth its rounding
 HOPELESS = 5  # budgets
+LIKELY = 0.9  # a chance of passing the gate with which there is no looking for a better one
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _timed(candidates: Sequence[Candidate], bench: Bench) -> list[Candidate]:
 
 def _accuracy(candidate: Candidate) -> tuple[bool, float, float]:
     """What sorts the more accurate first."""
-    return (not candidate.promising, -candidate.margin, candidate.kl)
+    return (not candidate.promising, -candidate.chance, candidate.kl)
 
 
 def mixed_precision(candidates: Sequence[Candidate], bench: Bench) -> list[Candidate]:
@@ -153,8 +154,8 @@ def _is_hopeless(candidate: Candidate) -> bool:
 
 
 def _enough(candidate: Candidate, bench: Bench) -> bool:
-    """Whether the gate is to be expected to pass it; where it can pass nothing, whether it is within the budget."""
-    return candidate.promising if bench.can_pass else candidate.within_budget
+    """Whether the gate is likely to pass it; where it can pass nothing, whether it is within the budget."""
+    return candidate.chance >= LIKELY if bench.can_pass else candidate.within_budget
 
 
 def speed(candidate: Candidate, objective: Objective) -> float:
@@ -183,18 +184,25 @@ def fits(candidate: Candidate, config: ExportConfig) -> bool:
 
 
 def choose(candidates: Sequence[Candidate], config: ExportConfig) -> Candidate:
-    """The fastest that is surely faster than fp32 and that the gate is to be expected to pass.
+    """Of those that are surely faster than fp32, the one with which what ships is to be expected to be the fastest.
 
-    Of several that the clock cannot tell from the fastest it is the most accurate. Where there is none, of those within
-    the budget on the selection split the one that is closest to passing. Else fp32.
+    The gate is asked once, and what it does not pass is replaced by fp32: the time to be expected is that of the
+    candidate and that of fp32, weighted by the chance of passing. Of several that the clock cannot tell from the best
+    it is the most accurate. Where none is more likely to pass than not, of those within the budget on the selection
+    split the one that is closest to passing. Else fp32.
     """
     worthy = [one for one in candidates[1:] if is_faster(one, config.optimize) and fits(one, config)]
     promising = [one for one in worthy if one.promising]
     if promising:
-        fastest = min(promising, key=lambda one: (speed(one, config.optimize), *_accuracy(one)))
-        return min(_as_fast(promising, fastest, config.optimize), key=_accuracy)
+        slowest = speed(candidates[0], config.optimize)
+        best = min(promising, key=lambda one: (_expected_time(one, slowest, config.optimize), *_accuracy(one)))
+        return min(_as_fast(promising, best, config.optimize), key=_accuracy)
     possible = [one for one in worthy if one.within_budget]
     return min(possible, key=lambda one: (*_accuracy(one), speed(one, config.optimize)), default=candidates[0])
+
+
+def _expected_time(candidate: Candidate, otherwise: float, objective: Objective) -> float:
+    return candidate.chance * speed(candidate, objective) + (1 - candidate.chance) * otherwise
 
 
 def _as_fast(candidates: Sequence[Candidate], fastest: Candidate, objective: Objective) -> list[Candidate]:

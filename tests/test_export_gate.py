@@ -1,5 +1,6 @@
 """The gate passes what is proved, fails what is refuted, and says how much is missing otherwise."""
 
+import msgspec
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
@@ -180,16 +181,39 @@ def test_gate_failure_has_its_own_exit_code():
     assert GateFailed.exit_code == 3
 
 
-def test_expected_margin_is_of_the_gate_to_come():
+def test_chance_is_of_the_gate_to_come():
     """The same rates on more examples leave more room; a few answers lost say little, many say what the gate would."""
     truth = np.zeros(300, dtype=np.int64)
     record, many = (gate.judge(truth, truth, np.arange(300) < lost, budget=0.04) for lost in (6, 200))
 
-    assert gate.expected_margin([record], 0.5) < gate.expected_margin([record], 1) < gate.expected_margin([record], 4)
-    assert gate.expected_margin([record], 1) > 0.04 - record.drop_upper
-    assert gate.expected_margin([many], 1) == pytest.approx(0.04 - many.drop_upper, abs=0.1)
-    assert gate.expected_margin([many, record], 1) == gate.expected_margin([many], 1)
+    assert gate.chance_of_passing([record], 0.5) < gate.chance_of_passing([record], 1)
+    assert gate.chance_of_passing([record], 1) < gate.chance_of_passing([record], 4) < 1
+    assert gate.chance_of_passing([many], 1) < 1e-6
+    assert gate.chance_of_passing([many, record], 1) == gate.chance_of_passing([many], 1)
     numbers = np.random.default_rng(0).normal(size=(3, 400))
     error = gate.judge_resampled(gate.Terms("rmse", 0.1), gate.compare_values("rmse", *numbers), np.ones(400, bool))
     width = error.drop_upper - error.drop
-    assert gate.expected_margin([error], 4) == pytest.approx(0.1 - error.drop - width / 2)
+    at_the_bound = msgspec.structs.replace(error, budget=error.drop + width / 2)
+    assert gate.chance_of_passing([at_the_bound], 4) == pytest.approx(0.5)
+    assert gate.chance_of_passing([msgspec.structs.replace(error, budget=0.0)], 4) < 0.5
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0.012, 0.012), (0.02, 0.01), (0.03, 0.03)])
+def test_chance_is_how_often_the_gate_passes(lost, won):
+    """Of models whose selection split looked so, about as many pass as were told: drawn from the prior, 25 changes."""
+    chance, n, budget = np.random.default_rng(0), 1000, 0.02
+    told, passed = [], []
+    for _ in range(300):
+        changed = lost + won
+        better = chance.beta(12.5, 12.5)
+        counts = [chance.multinomial(n, [changed * (1 - better), changed * better, 1 - changed]) for _ in range(2)]
+        first, then = (_judged(int(one[0]), int(one[1]), n, budget) for one in counts)
+        told.append(gate.chance_of_passing([first], 1.0))
+        passed.append(then.verdict == "PASS")
+
+    assert np.mean(told) == pytest.approx(np.mean(passed), abs=0.06)
+
+
+def _judged(lost, won, n, budget):
+    answers = np.arange(n)
+    return gate.judge(np.zeros(n), np.where(answers < won, 1, 0), np.where(answers >= n - lost, 1, 0), budget=budget)

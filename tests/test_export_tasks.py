@@ -242,9 +242,9 @@ def candidate(recipe, ratio, drop, count=400, won=0.0):
     answers = np.arange(count)
     truth, reference = np.zeros(count), answers >= count * (1 - won)
     record = gate.judge(truth, reference, answers < count * (drop + won), budget=0.05)
-    margin = gate.expected_margin([record], scale=1)
+    chance = gate.chance_of_passing([record], scale=1)
     latency = Latency(p50_ms=ratio, fp32_p50_ms=1.0, ratio=ratio, ratio_lower=ratio, ratio_upper=ratio, threads=1)
-    return Candidate(recipe, b"123", "cpu", True, 0, np.zeros((1, 1)), (record,), margin, drop, latency)
+    return Candidate(recipe, b"123", "cpu", True, 0, np.zeros((1, 1)), (record,), chance, drop, latency)
 
 
 def test_of_two_heads_the_one_that_lost_more_does_not_compete():
@@ -265,6 +265,16 @@ def test_the_fastest_that_would_pass_is_chosen():
     assert search.choose([fp32, unsure], config) is unsure
     assert search.choose([fp32, hopeless], config) is fp32
     assert search.choose([fp32, candidate(DYNAMIC, 0.98, 0)], config) is fp32
+
+
+def test_a_slower_one_that_surely_passes_is_chosen_before_a_toss_up():
+    """What the gate does not pass ships as fp32; where little is risked, the faster one is."""
+    config = ExportConfig(Path("checkpoint"), out=Path("bundle"))
+    fp32, sure = candidate(FP32, 1.0, 0), candidate(STATIC, 0.6, 0)
+    toss_up = candidate(DYNAMIC, 0.5, 0.04, won=0.02)
+    assert 0.5 < toss_up.chance < 0.8 < sure.chance
+    assert search.choose([fp32, toss_up, sure], config) is sure
+    assert search.choose([fp32, toss_up, replace(sure, latency=candidate(STATIC, 0.8, 0).latency)], config) is toss_up
 
 
 def test_of_two_that_the_clock_cannot_tell_apart_the_more_accurate_is_chosen():
