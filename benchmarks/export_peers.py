@@ -124,16 +124,21 @@ def interpreter(script: str) -> str:
     requirements = (HERE / "peers" / script).with_suffix(".txt")
     if not requirements.exists():
         return sys.executable
+    return environment(requirements.stem.removeprefix("with_"), requirements.read_text())
+
+
+def environment(name: str, requirements: str) -> str:
+    """The Python of an environment with these requirements, lines as pip reads them; made if it is not there."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeward" / "peers"
-    digest = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:12]
-    folder = cache / f"{requirements.stem.removeprefix('with_')}-{digest}"
+    folder = cache / f"{name}-{hashlib.sha256((requirements + sys.version).encode()).hexdigest()[:12]}"
     python = folder / "bin" / "python"
     if not (folder / "finished").exists():
         print(f"{folder} ...", file=sys.stderr)
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        (folder / "requirements.txt").write_text(requirements)
         pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-        subprocess.run([*pip, "-r", str(requirements)], check=True)
+        subprocess.run([*pip, "-r", str(folder / "requirements.txt")], check=True)
         (folder / "finished").touch()
     return str(python)
 
