@@ -7,7 +7,7 @@ export ORT_DISABLE_TELEMETRY = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: demo demo-digits examples test check format protos venv clean
+.PHONY: demo demo-digits examples bench-serve test check format protos venv clean
 
 demo: venv  ## a pretrained MiniLM, real tweets: fine-tune, export, serve, ask
 	rm -rf demo/tweets
@@ -29,6 +29,9 @@ examples: venv  ## the tutorials (docs/tutorials.md), each from data to a served
 	$(BIN)/python examples/word_vectors.py chinese
 	$(BIN)/python examples/word_vectors.py english
 	$(BIN)/python examples/own_onnx.py
+
+bench-serve: venv  ## how fast the server is beside its limits; benchmarks/results/serve_speed.md is written anew
+	$(BIN)/python -m benchmarks.serve_speed --keep
 
 test: venv  ## the tests
 	$(BIN)/pytest -q

@@ -4,7 +4,7 @@ tiny      100 -> 100 -> 10, float32; no bundle, and without a gate.
 resnet18  A bundle of a ResNet18, int8, at 224 × 224 pixels: JPEG in, label out; as resnet18.onnx uint8 in, logits out.
 float     The same graph behind its scaling: float32 in, logits out.
 text      A bundle of MiniLM, int8: tweets of all lengths in, label out.
-joined    The same in fp32, of which requests can be joined to one run.
+joined    The same with other int8, whose answers do not depend on neighbours: its requests can be joined to one run.
 """
 
 import csv
@@ -159,16 +159,22 @@ def _make_tiny(path: Path, out: Path) -> None:
 
 
 def _make_resnet18(path: Path, out: Path) -> None:
+    checkpoint = out / "resnet18.checkpoint"
+    if not checkpoint.exists():
+        options = split(f"--weights none --image-size {SIDE} --strategy probe --split 0.4 0.1 0.2 0.3")
+        _edgeward("finetune", "torchvision:resnet18", _labelled(out), *options, "--out", checkpoint)
+    _export(checkpoint, path, "int8-static")
+
+
+def _labelled(out: Path) -> Path:
+    """A table of the pictures and the digits on them."""
     from examples.digits import digits
 
-    pictures, labels = score_inputs.rows("images", PICTURES, out), digits()[1]
-    table = out / "pictures.csv"
-    with table.open("w", newline="") as file:
-        lines = zip(sorted(pictures.iterdir()), labels, strict=False)
+    path, pictures = out / "pictures.csv", score_inputs.rows("images", PICTURES, out)
+    with path.open("w", newline="") as file:
+        lines = zip(sorted(pictures.iterdir()), digits()[1], strict=False)
         csv.writer(file).writerows([("image", "label"), *((each.resolve(), label) for each, label in lines)])
-    options = split(f"--weights none --image-size {SIDE} --strategy probe --split 0.4 0.1 0.2 0.3")
-    _edgeward("finetune", "torchvision:resnet18", table, *options, "--out", out / "resnet18.checkpoint")
-    _export(out / "resnet18.checkpoint", path, "int8-static")
+    return path
 
 
 def _make_float(path: Path, out: Path) -> None:
@@ -180,7 +186,7 @@ def _make_float(path: Path, out: Path) -> None:
 
 def _make_joined(path: Path, out: Path) -> None:
     model("text", out)
-    _export(out / "text" / "checkpoint", path, "fp32")
+    _export(out / "text" / "checkpoint", path, "int8-static")
 
 
 def _export(checkpoint: Path, path: Path, variant: str) -> None:

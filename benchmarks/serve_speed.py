@@ -7,7 +7,7 @@ counts are on. An echo is its transport with a handler that parses nothing and a
 tiny      A network of 12,000 weights, on TCP, a Unix-domain socket and TLS: what a call costs.
 added     ResNet18 with uint8 and float32, tweets to MiniLM, JPEG: what serving adds to the same work in process.
 many      ResNet18 with uint8: 8 clients, without and with other work on the machine.
-batching  MiniLM in fp32: 16 clients, joined and one by one.
+batching  MiniLM in static int8: 16 clients, joined and one by one.
 idle, start, memory, install: see benchmarks/serve_footprint.py
 """
 
@@ -174,7 +174,7 @@ def batching(options: Options) -> Iterator[Figure]:
         f"{name} {middle(loads, rate):.0f}/s p50 {middle(loads, p50):.0f} ms" for name, loads in found.items()
     )
     share = ratio(found["joined"], found["alone"], rate)
-    yield Figure("4", "tweets, fp32, c=16: throughput joined / one by one", share, ">=", 1.5, said)
+    yield Figure("4", "tweets, c=16: throughput joined / one by one", share, ">=", 1.5, said)
     differ = sum(a != b for a, b in zip(*answers.values(), strict=True))
     yield Figure("4", f"answers that differ, of {len(asked.examples)}", differ, "<=", 0)
 
