@@ -3,6 +3,7 @@
 text     MiniLM with three moods, tweets in Parquet.
 images   A ResNet18 at 112 × 112 pixels, scikit-learn's digits as JPEG files of 320 × 240.
 vectors  Three dense layers (100, 256, 10), in Parquet.
+words    The mean of word vectors that were trained on tweets; a bundle only.
 """
 
 import random
@@ -66,10 +67,22 @@ def _train_vectors(data: Path) -> list[str | Path]:
     return ["mlp", data.with_suffix(".npz"), *split("--widths 256 --epochs 20 --split 0.4 0.1 0.1 0.4")]
 
 
+def _train_words(data: Path) -> list[str | Path]:
+    from examples.tweets import tweets
+    from examples.word_vectors import train_vectors
+
+    table, vectors = data.with_suffix(".csv"), data.with_suffix(".kv")
+    _run_example("tweets.py", table, "--rows", str(5 * TRAINED))
+    sentences = [text.lower().split() for text, _ in tweets()]
+    train_vectors(sentences, epochs=3).wv.save(str(vectors))
+    return [f"vectors:{vectors}", table, *split("--pooling mean --widths 64 --epochs 10 --split 0.4 0.1 0.1 0.4")]
+
+
 TRAINING: dict[str, Callable[[Path], list[str | Path]]] = {
     "text": _train_text,
     "images": _train_images,
     "vectors": _train_vectors,
+    "words": _train_words,
 }
 
 
