@@ -46,8 +46,8 @@ def run(arguments: Sequence[str]) -> int:
     except EdgewardError as error:
         errors.print(f"edgeward: {error}")
         return error.exit_code
-    except KeyboardInterrupt:
-        errors.print("edgeward: interrupted; nothing half-written is left behind.")
+    except KeyboardInterrupt as error:
+        errors.print(f"edgeward: {str(error) or 'interrupted; nothing half-written is left behind.'}")
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the result has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -119,12 +119,13 @@ def _version(info: Any) -> tuple[int, str]:
     return (info.size, str(info.mtime_ns)) if info.type == fs.FileType.File else (-1, "")
 
 
-def find_inputs(arguments: Sequence[str], *, images: bool) -> list[Found]:
+def find_inputs(arguments: Sequence[str], *, images: bool, out: str | None = None) -> list[Found]:
     """What the arguments name, each file once, sorted by path.
 
     Args:
         arguments: files, folders, globs and URLs; of lists every line counts.
         images: whether images and lists of them are wanted; otherwise they are passed over in folders.
+        out: a folder, absolute, whose files are no input, so that it may lie in one that is.
 
     Raises:
         DataError: nothing is there, or something that cannot be scored.
@@ -135,6 +136,8 @@ def find_inputs(arguments: Sequence[str], *, images: bool) -> list[Found]:
     lists: dict[str, Found] = {}
     for argument in map(absolute, arguments):
         for path, info in _expand(argument, images):
+            if out is not None and path.startswith(f"{out.rstrip('/')}/"):
+                continue
             kind = KINDS.get(_suffix(path))
             if kind == "images" and images:
                 pictures[path] = info

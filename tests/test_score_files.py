@@ -27,6 +27,17 @@ def test_a_folder_is_every_file_that_can_be_scored(data):
     assert found(data, below=data) == ["a.parquet", "b.csv", "deep/c.jsonl", "deep/deeper/d.csv", "e.npz"]
 
 
+def test_what_is_written_is_no_input(data):
+    """The output may lie in the folder that is scored, and the next run finds the same input there."""
+    (data / "deep" / "out").mkdir()
+    (data / "deep" / "out" / "part-000000-000000.csv").write_text("x")
+    (data / "deep" / "output.csv").write_text("x")
+    kept = find_inputs([str(data / "deep"), str(data / "**/*.csv")], images=False, out=str(data / "deep" / "out"))
+
+    names = [Path(each.file.path).name for each in kept]
+    assert names == ["f.csv", "b.csv", "c.jsonl", "d.csv", "output.csv"]
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [

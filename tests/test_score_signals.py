@@ -1,0 +1,68 @@
+"""Ctrl-C and SIGTERM on a real `edgeward score` with two processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks.score_kills import lives
+from tests import serve_bundles as bundles
+from tests.score_examples import run, tree
+
+ROWS, UNIT_ROWS = 30_000, 100
+
+
+@pytest.fixture(scope="module")
+def mood(tmp_path_factory):
+    return bundles.write_text_bundle(tmp_path_factory.mktemp("bundle") / "mood")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    path.write_text('{"text": "the film is good"}\n{"text": null}\n' * (ROWS // 2))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(mood, texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(mood, texts, out=out, unit_rows=UNIT_ROWS)
+    return {name: data for name, data in tree(out).items() if name != "_plan.json"}
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all", "code", "says"),
+    [
+        (signal.SIGINT, True, 130, "edgeward: stopped at"),  # as a terminal sends it
+        (signal.SIGTERM, False, 143, "stopped at"),  # as Kubernetes does
+        (signal.SIGTERM, True, 143, "stopped at"),  # as systemd does
+    ],
+)
+def test_a_signal_ends_a_run_with_one_line(mood, texts, whole, tmp_path, number, to_all, code, says):
+    """No process is left, no file is half-written, whole parts stay, and the same command goes on to the same files."""
+    out = tmp_path / "out"
+    options = ["--unit-rows", str(UNIT_ROWS), "--processes", "2", "--threads", "1"]
+    command = [sys.executable, "-m", "edgeward", "score", mood, texts, "--out", out, *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not any(out.glob("part-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    left = tree(out)
+    run(mood, texts, out=out, unit_rows=UNIT_ROWS)
+
+    assert process.returncode == code
+    (line,) = [line for line in errors.splitlines() if "settings" not in line]
+    assert f"of {ROWS} rows. The same command goes on from there." in line
+    assert says in line
+    assert not lives(process.pid)
+    assert not any(".tmp-" in name for name in left)
+    parts = {name for name in left if name.startswith("part-")}
+    assert 0 < len(parts) < ROWS // UNIT_ROWS
+    assert left.items() <= tree(out).items()
+    assert {name: data for name, data in tree(out).items() if name != "_plan.json"} == whole
