@@ -102,7 +102,8 @@ def main() -> None:
         spark = spark.config("spark.driver.host", "127.0.0.1").config("spark.driver.bindAddress", "127.0.0.1")
     session = spark.getOrCreate()
     try:
-        result = score(ScoreConfig(options.bundle, tuple(options.inputs), options.out, processes=1, threads=1), units)
+        config = ScoreConfig(options.bundle, tuple(options.inputs), out=options.out, processes=1, threads=1)
+        result = score(config, units)
     finally:
         session.stop()
     print(f"{result.counts.rows_ok} of {result.counts.rows_in} rows scored; {result.parts} parts in {result.out}")

@@ -14,7 +14,7 @@ TEXTS = ["the film is good", "", "bad", "a film, the\nfilm", 'a "film" is bad', 
 
 def config(bundle, *inputs, out, **options) -> ScoreConfig:
     options = {"processes": 1, "threads": 1, "batch": 4, "decoders": 1, **options}
-    return ScoreConfig(bundle, tuple(map(str, inputs)), str(out), **options)
+    return ScoreConfig(bundle, tuple(map(str, inputs)), out=str(out), **options)
 
 
 def run(bundle, *inputs, out, **options) -> Result:

@@ -40,7 +40,7 @@ def config(tmp_path_factory):
     return ScoreConfig(
         folder / "models" / "tweets",
         (str(folder / "data" / "*.parquet"),),
-        str(folder / "alone"),
+        out=str(folder / "alone"),
         unit_rows=10,
         processes=1,
         threads=1,
