@@ -11,6 +11,7 @@ from typing import Any
 from pyarrow import fs
 
 from bundle.errors import DataError
+from score.errors import FolderFailed
 from score.files import absolute, system_of
 
 DRAFT = ".tmp-"  # in the name of a file that is not whole yet, which begins with a dot
@@ -45,22 +46,43 @@ class Folder:
         try:
             found = self.system.get_file_info(fs.FileSelector(self._inside, allow_not_found=True))
         except OSError as error:
-            raise DataError(f"{self.path} cannot be used as a folder: {error}.") from error
+            raise DataError(f"{self.path} cannot be used as a folder: {_reason(error)}.") from error
         return {info.base_name for info in found}
 
     def read(self, name: str) -> bytes | None:
-        """The bytes of a file, or None when it is not there."""
+        """The bytes of a file, or None when it is not there.
+
+        Raises:
+            DataError: it cannot be read.
+        """
         try:
             with self.system.open_input_file(self.inside(name)) as file:
                 data: bytes = file.read()
                 return data
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be used as a folder: {_reason(error)}.") from error
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a whole file, in the place of one that is there."""
-        with self.draft(name) as path:
+        """Write a whole file, in the place of one that is there.
+
+        Raises:
+            FolderFailed: it cannot be written.
+        """
+        with self.writing(), self.draft(name) as path:
             path.write_bytes(data)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """What the system says of a folder that is full, or may not be written, as one error that says what stays."""
+        try:
+            yield
+        except OSError as error:
+            raise FolderFailed(
+                f"{self.path} cannot be written: {_reason(error)}. What is there stays, and the same command goes on "
+                "from it."
+            ) from error
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a whole file unless there is one: whether it is ours. An object store cannot tell of two at once."""
@@ -69,6 +91,10 @@ class Folder:
                 return False
             self.write(name, data)
             return True
+        with self.writing():
+            return self._link(name, data)
+
+    def _link(self, name: str, data: bytes) -> bool:
         self._make()
         draft = self._draft(name)
         try:
@@ -84,18 +110,25 @@ class Folder:
 
     @contextmanager
     def draft(self, name: str) -> Iterator[Path]:
-        """A new file of this machine; when the block ends it becomes `name`, and when it fails it is removed."""
+        """A new file of this machine; when the block ends it becomes `name`, and when it fails it is removed.
+
+        Raises:
+            FolderFailed: it cannot become that.
+        """
         if not self._is_local:
             with tempfile.TemporaryDirectory(prefix="edgeward-") as folder:
                 path = Path(folder) / name
                 yield path
-                self._put(path, name)
+                with self.writing():
+                    self._put(path, name)
             return
-        self._make()
+        with self.writing():
+            self._make()
         path = self._draft(name)
         try:
             yield path
-            self._publish(path, name)
+            with self.writing():
+                self._publish(path, name)
         finally:
             path.unlink(missing_ok=True)
 
@@ -156,6 +189,11 @@ class Folder:
             OSError: it cannot be opened.
         """
         return self.system.open_input_file(self.inside(name))
+
+
+def _reason(error: OSError) -> str:
+    """What is wrong, without the name of a file that is of no interest."""
+    return os.strerror(error.errno) if error.errno else str(error).rstrip(".")
 
 
 def _is_draft(name: str) -> bool:

@@ -46,7 +46,7 @@ class PartWriter:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:
+        with self._folder.writing(), ExitStack() as stack:
             path: Path = stack.enter_context(self._folder.draft(self._name))
             self._file = stack.enter_context(pa.OSFile(str(path), "wb"))
             match self._form:
@@ -56,23 +56,37 @@ class PartWriter:
                     self._rows = _CsvRows(self._file, self._schema)
                 case _:
                     self._rows = _JsonRows(self._file)
-            stack.callback(self._rows.close)
+            stack.callback(self._close)
             self._stack = stack.pop_all()
         return self
 
     def write(self, table: pa.Table) -> None:
-        """Add rows, of the schema."""
-        self._rows.write(table)
+        """Add rows, of the schema.
+
+        Raises:
+            FolderFailed: they cannot be written.
+        """
+        with self._folder.writing():
+            self._rows.write(table)
 
     def finish(self, footer: Footer) -> int:
-        """Add the footer, after the last row; the bytes of the part."""
-        if isinstance(self._rows, _ParquetRows):
-            self._rows.describe(to_json(footer))
-        self._rows.close()
+        """Add the footer, after the last row; the bytes of the part.
+
+        Raises:
+            FolderFailed: it cannot be written.
+        """
+        with self._folder.writing():
+            if isinstance(self._rows, _ParquetRows):
+                self._rows.describe(to_json(footer))
+        self._close()
         if not isinstance(self._rows, _ParquetRows):
             self._folder.write(_beside(self._name), to_json(footer))
         size: int = self._file.tell()
         return size
+
+    def _close(self) -> None:
+        with self._folder.writing():
+            self._rows.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
