@@ -24,7 +24,7 @@ JPEG_MEAN, JPEG_MAX = 0.5, 32  # of 255: what two decoders may differ by, on ave
 
 
 def predict_logits(
-    session: Session, spec: Input, rows: Sequence[np.ndarray], *, batch_invariant: bool
+    session: Session, spec: Input, rows: Sequence[np.ndarray] | np.ndarray, *, batch_invariant: bool
 ) -> dict[str, np.ndarray]:
     """Graph outputs for any number of preprocessed examples.
 
@@ -34,13 +34,15 @@ def predict_logits(
     Args:
         session: of the graph.
         spec: how the examples were preprocessed.
-        rows: tensors without batch axis, from bundle.preprocess.encoder; at least one.
+        rows: tensors without batch axis, from bundle.preprocess.encoder, or one array of them; at least one.
         batch_invariant: see Variant.
     """
     size = MAX_ROWS if batch_invariant else 1
     parts = []
     for start in range(0, len(rows), size):
-        batch = list(rows[start : start + size])  # rows may be preprocessed as they are asked for
+        batch = rows[start : start + size]
+        if not isinstance(batch, np.ndarray):
+            batch = list(batch)  # rows may be preprocessed as they are asked for
         length = None
         if batch_invariant and preprocess.is_sequence(spec):
             length = preprocess.bucket(max(preprocess.length(row, spec) for row in batch), spec)

@@ -57,8 +57,10 @@ def _shared(kind: Callable[..., Encoder], spec: TextInput | WordsInput, *files: 
     return encoder
 
 
-def collate(rows: Sequence[np.ndarray], spec: Input, length: int | None = None) -> dict[str, np.ndarray]:
+def collate(rows: Sequence[np.ndarray] | np.ndarray, spec: Input, length: int | None = None) -> dict[str, np.ndarray]:
     """Tensors of several examples as the graph's inputs, with the batch axis first.
+
+    Vectors and images may be one array already.
 
     Images: `image` uint8 (N, height, width, 3). Vectors: `features` float32 (N, size). Tensors: each by its own name.
     Text: see bundle.text.collate; words: see bundle.words.collate; `length` is the padded length of both.
@@ -67,13 +69,17 @@ def collate(rows: Sequence[np.ndarray], spec: Input, length: int | None = None) 
         case TextInput():
             return text.collate(rows, spec, length)
         case ImageInput():
-            return {"image": np.stack(rows)}
+            return {"image": _stacked(rows)}
         case WordsInput():
             return words.collate(rows, length)
         case VectorInput():
-            return {"features": np.stack(rows)}
+            return {"features": _stacked(rows)}
         case TensorsInput():
             return tensors.collate(rows, spec)
+
+
+def _stacked(rows: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+    return rows if isinstance(rows, np.ndarray) else np.stack(rows)
 
 
 def graph_inputs(spec: Input) -> tuple[TensorSpec, ...]:

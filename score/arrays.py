@@ -65,8 +65,8 @@ def rows(columns: Columns) -> int:
     return next(iter(lengths.values())) or 0
 
 
-def blocks(columns: Columns, start: int, chunk: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Everything from row `start` on, at most `chunk` rows at a time, with the number of the first of them."""
+def blocks(columns: Columns, start: int, chunk: int) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
+    """Everything from row `start` on, at most `chunk` rows at a time, as (stop of the last unit, first row, rows)."""
     total = rows(columns)
     with _opened(columns.path) as archive:
         read = {name: _Column(columns.path, archive, name) for name in columns.all}
@@ -74,7 +74,7 @@ def blocks(columns: Columns, start: int, chunk: int) -> Iterator[tuple[int, dict
         for each in read.values():
             each.skip(start)
         for row in range(start, total, size):
-            yield row, {name: each.take(min(size, total - row)) for name, each in read.items()}
+            yield total, row, {name: each.take(min(size, total - row)) for name, each in read.items()}
 
 
 class _Column:

@@ -12,16 +12,20 @@ import msgspec
 import structlog
 
 from bundle.host import cpu_count, trim_memory
-from bundle.manifest import ImageInput, Input, Variant
+from bundle.manifest import Input, Variant
 from bundle.model import MAX_ROWS, load_model
+from bundle.preprocess import is_sequence
 from score.config import ScoreConfig
 from score.local import run_units
+from score.plan import row_s
 from score.runner import UnitRunner
 from score.units import Counts, Plan, Settings, Trial, Unit, UnitReport
 
 log = structlog.get_logger()
 
-CHUNK = 1024  # rows that are read and preprocessed together
+CHUNK = 8192  # rows that are read and preprocessed together, at most
+_CHUNK_S = 0.2  # of one core, about
+_SORTED = 8  # batches, that texts are sorted by length for
 WORTH_S = 10.0  # a run that is done before is not worth a trial
 TRIAL_S = 0.5
 GAIN = 1.05  # that more processes, which cost memory, have to bring
@@ -30,7 +34,6 @@ _UNITS = 4  # the first, over and over
 _SPLITS = 3  # ways to share out cores that are tried, at most
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _RUN_S = 0.15  # longest run that is tried: a larger batch would gain nothing
-_DECODING_S, _READING_S = 5e-3, 2e-5  # of a row, about
 _START_S = 120.0  # until all processes have loaded the model
 
 
@@ -52,9 +55,10 @@ def tune(config: ScoreConfig, plan: Plan) -> Plan:
     del model
     tried, shared = batches(config, variant), splits(config, variant, len(plan.units))
     first = _settings(config, variant, *shared[0], tried[-1])
-    worth = plan.rows * _row_s(variant, spec) >= WORTH_S
+    worth = plan.rows * row_s(variant, spec) >= WORTH_S
     trials = list(_trials(config, plan, first, tried, shared[1:])) if worth else []
-    chosen = msgspec.structs.replace(_best(trials) or first, chunk=CHUNK)
+    chosen = _best(trials) or first
+    chosen = msgspec.structs.replace(chosen, chunk=_chunk(variant, spec, chosen.batch))
     trim_memory()
     log.info("settings", **msgspec.structs.asdict(chosen), trials=len(trials))
     return msgspec.structs.replace(plan, settings=chosen, trials=tuple(trial for _, trial in trials))
@@ -100,9 +104,8 @@ def _settings(config: ScoreConfig, variant: Variant, processes: int, threads: in
     )
 
 
-def _row_s(variant: Variant, spec: Input) -> float:
-    """A row's time, about, to tell whether trials are worth theirs."""
-    return variant.latency.p50_ms / 1e3 + (_DECODING_S if isinstance(spec, ImageInput) else _READING_S)
+def _chunk(variant: Variant, spec: Input, batch: int) -> int:
+    return min(CHUNK, max((_SORTED if is_sequence(spec) else 2) * batch, int(_CHUNK_S / row_s(variant, spec))))
 
 
 def _trials(

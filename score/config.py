@@ -1,6 +1,6 @@
 """What `edgeward score` can be told."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ class ScoreConfig:
     inputs: tuple[str, ...]
     """Parquet, CSV, JSONL and .npz files, images, lists of images (.txt, a path a line), folders of them, and globs;
     on this machine, or s3://, gs:// and what else fsspec knows."""
+    _: KW_ONLY
     out: str
     """Folder that the parts are written to. A run that was stopped goes on from what is there."""
     format: Format = "parquet"
@@ -33,7 +34,7 @@ class ScoreConfig:
     logits: bool = False
     """Give the logits of classification tasks."""
     unit_rows: int | None = None
-    """Rows that are scored and written as one part; by default 4096, and 1024 of images."""
+    """Rows that are scored and written as one part; by default about three seconds' worth, from 256 to 65536."""
     max_error_rate: float = 1.0
     """Stop with an error as soon as more than this fraction of all rows could not be scored."""
     device: Device = "auto"

@@ -29,13 +29,15 @@ SPREAD = 5.0  # standard deviations on either side that values are counted in
 Drift = dict[str, tuple[int, ...]]
 
 
-def of_raws(spec: Input, raws: Sequence[object]) -> Drift:
+def of_raws(spec: Input, raws: Sequence[object] | np.ndarray) -> Drift:
     """Missing and empty values.
 
     Args:
         spec: of the examples.
-        raws: an example, or the error in its place, of each row.
+        raws: an example, or the error in its place, of each row; or vectors, of which none is missing.
     """
+    if isinstance(raws, np.ndarray):
+        return {"missing": (0,)}
     drift: Drift = {"missing": (sum(isinstance(raw, Missing) for raw in raws),)}
     if isinstance(spec, WordsInput) or (isinstance(spec, TextInput) and spec.pair is None):
         drift["empty"] = (sum(isinstance(raw, bytes) and not raw.strip() for raw in raws),)
@@ -85,7 +87,9 @@ class Vocabulary:
             case WordsInput():
                 self._segment = preprocess.words_encoder(spec, read).segment
 
-    def count(self, raws: Sequence[object], encoded: Sequence[object], first_row: int) -> Drift:
+    def count(
+        self, raws: Sequence[object] | np.ndarray, encoded: Sequence[object] | np.ndarray, first_row: int
+    ) -> Drift:
         """Known and unknown tokens or words.
 
         Args:
@@ -106,7 +110,7 @@ class Vocabulary:
                 return {"vocabulary": words, "unknown_texts": (texts,)}
         return {}
 
-    def _words(self, raws: Sequence[object], encoded: Sequence[object]) -> tuple[int, int]:
+    def _words(self, raws: Sequence[object] | np.ndarray, encoded: Sequence[object] | np.ndarray) -> tuple[int, int]:
         assert isinstance(self._spec, WordsInput)
         assert self._segment is not None
         known = unknown = 0

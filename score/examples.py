@@ -25,6 +25,7 @@ class Stored(NamedTuple):
 
 
 Raw = bytes | Stored | BadInput
+Raws = Sequence[Raw] | np.ndarray  # of vectors also float32 (N, size), what bundle.vector.decode makes of bytes
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,16 @@ def choose_columns(
     inputs = {name: column.get(name, name) for name in _needed(spec, column, present)}
     for name in (*inputs.values(), *keep.values()):
         if present.count(name) != 1:
+            option = "that hold the examples with --column" if name in inputs.values() else "to keep with --keep"
             raise DataError(
                 f"{path} has {present.count(name) or 'no'} columns {name!r}; its columns are "
-                f"{', '.join(present) or '(none)'}. Name those that hold the examples with --column NAME=COLUMN."
+                f"{', '.join(map(_shown, present)) or '(none)'}. Name those {option} NAME=COLUMN."
             )
     return Columns(spec, path, inputs, keep)
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() else repr(name)
 
 
 def _needed(spec: Input, column: Mapping[str, str], present: Sequence[str]) -> tuple[str, ...]:
@@ -198,7 +204,7 @@ def _tensors(spec: TensorsInput, values: Mapping[str, object]) -> bytes:
     return tensors.encode(arrays, spec)[0]
 
 
-def from_arrow(columns: Columns, table: pa.Table) -> list[Raw]:
+def from_arrow(columns: Columns, table: pa.Table) -> Raws:
     """Raw examples of the rows of a table.
 
     Raises:
@@ -245,7 +251,7 @@ def _strings(columns: Columns, column: pa.ChunkedArray, name: str) -> list[Raw]:
     return found
 
 
-def _numbers_from_arrow(columns: Columns, table: pa.Table) -> list[Raw]:
+def _numbers_from_arrow(columns: Columns, table: pa.Table) -> Raws:
     """Rows of numbers: all at once where no row differs from the others, else one by one."""
     blocks = _blocks(columns, table)
     if blocks is None:
@@ -255,8 +261,8 @@ def _numbers_from_arrow(columns: Columns, table: pa.Table) -> list[Raw]:
     if isinstance(columns.spec, TensorsInput):
         return list(tensors.encode(blocks, columns.spec))
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as that
-        numbers = np.concatenate([each.reshape(len(table), -1) for each in blocks.values()], axis=1).astype("<f4")
-    return list(map(np.ndarray.tobytes, numbers))
+        numbers = [each.reshape(len(table), -1).astype(np.float32, copy=False) for each in blocks.values()]
+    return numbers[0] if len(numbers) == 1 else np.concatenate(numbers, axis=1)
 
 
 def _cells(columns: Columns, table: pa.Table) -> list[list[Any]]:

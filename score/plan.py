@@ -7,7 +7,7 @@ from dataclasses import replace
 import msgspec
 
 from bundle.errors import DataError, OutputExists
-from bundle.manifest import ImageInput, Input, Manifest
+from bundle.manifest import ImageInput, Input, Manifest, TextInput, Variant, WordsInput
 from bundle.store import DIGEST, read_manifest
 from score import answers
 from score.config import ScoreConfig
@@ -18,7 +18,8 @@ from score.readers import Wanted, cut
 from score.units import InputFile, Plan, Unit, to_json
 
 PLAN = "_plan.json"
-UNIT_ROWS, UNIT_IMAGES = 4096, 1024  # at most; small enough to share out and to lose, large enough not to count
+UNIT_S = 3.0  # of one core, about: little enough to share out and to lose, and a part is not written for nothing
+LEAST_ROWS, MOST_ROWS = 256, 65536  # of a unit
 _VERSION = 1  # of how input is cut into units and units are written as parts
 
 
@@ -40,7 +41,7 @@ def prepare(config: ScoreConfig) -> tuple[ScoreConfig, Plan]:
     manifest = read_manifest(config.bundle)
     options = _options(config, manifest)
     bundle = (config.bundle / DIGEST).read_text().split()[0]
-    found = find_inputs(config.inputs, images=isinstance(manifest.input, ImageInput))
+    found = find_inputs(config.inputs, images=isinstance(manifest.input, ImageInput), out=config.out)
     files = tuple(each.file for each in found)
     folder = Folder(config.out)
     written = read_plan(folder)
@@ -103,7 +104,7 @@ def _options(config: ScoreConfig, manifest: Manifest) -> dict[str, str]:
         name = min(taken & keep.keys())
         raise DataError(f"the output has a column {name!r} already. Keep that of the input as --keep NAME={name}.")
     _check_numbers(config)
-    unit_rows = config.unit_rows or (UNIT_IMAGES if isinstance(manifest.input, ImageInput) else UNIT_ROWS)
+    unit_rows = config.unit_rows or _unit_rows(manifest)
     return {
         "format": config.format,
         "column": _shown(column),
@@ -113,6 +114,18 @@ def _options(config: ScoreConfig, manifest: Manifest) -> dict[str, str]:
         "logits": str(config.logits),
         "unit_rows": str(unit_rows),
     }
+
+
+def row_s(variant: Variant, spec: Input) -> float:
+    """A row's time on one core, about: as export measured its run, and what comes before."""
+    reading = {ImageInput: 5e-3, TextInput: 5e-5, WordsInput: 5e-5}.get(type(spec), 2e-6)
+    return variant.latency.p50_ms / 1e3 + reading
+
+
+def _unit_rows(manifest: Manifest) -> int:
+    """As many as UNIT_S are enough for, a power of two; it must depend on the bundle alone."""
+    rows = int(UNIT_S / row_s(manifest.variants[0], manifest.input))
+    return min(max(1 << rows.bit_length() - 1, LEAST_ROWS), MOST_ROWS)
 
 
 def _check_numbers(config: ScoreConfig) -> None:

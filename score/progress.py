@@ -28,7 +28,8 @@ class Process(Record, frozen=True, kw_only=True):
     name: str  # HOST:PID
     units: int
     rows: int
-    cpu_s: float  # of all its threads
+    wall_s: float  # from when it was ready to score to its last unit
+    cpu_s: float  # meanwhile, of all its threads
     peak_rss: int  # bytes
 
 
@@ -73,6 +74,7 @@ class _Totals:
             name=report.process,
             units=1 + (before.units if before else 0),
             rows=report.counts.rows_in + (before.rows if before else 0),
+            wall_s=report.wall_s,
             cpu_s=report.cpu_s,
             peak_rss=report.peak_rss,
         )
@@ -116,10 +118,17 @@ def follow(
                 totals.add(report)
                 show(totals)
                 _check(totals.counts, plan, max_error_rate)
-        except (KeyboardInterrupt, SystemExit):
-            log.warning("stopped; the same command goes on from here", rows=totals.counts.rows_in, of=plan.rows)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(_stopped(totals, plan)) from error
+        except SystemExit:
+            log.warning(_stopped(totals, plan))
             raise
     return totals.outcome()
+
+
+def _stopped(totals: _Totals, plan: Plan) -> str:
+    """What is said of a run that a signal has ended."""
+    return f"stopped at {totals.counts.rows_in} of {plan.rows} rows. The same command goes on from there."
 
 
 def _check(counts: Counts, plan: Plan, max_error_rate: float) -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from bundle.errors import DataError
 from bundle.manifest import ImageInput, Input, VectorInput
 from score import arrays, line_files, row_groups
-from score.examples import Columns, Raw, Stored, choose_columns, from_arrow, from_values, input_names
+from score.examples import Columns, Raws, Stored, choose_columns, from_arrow, from_values, input_names
 from score.files import Found, version_of
 from score.units import InputFile, Unit
 
@@ -30,7 +30,7 @@ class Chunk:
 
     files: str | Sequence[str]
     first_row: int
-    raws: Sequence[Raw]
+    raws: Raws
     keep: Mapping[str, Any]
 
 
@@ -185,23 +185,26 @@ class _Cursor:
             if unit.kind == "parquet"
             else arrays.blocks(self._columns, unit.start, chunk)
         )
-        self._row = 0
+        self._group = self._row = 0
         self._rest: Any = None
 
     def reaches(self, unit: Unit) -> bool:
-        return unit.file == self._columns.path and self._rest is not None and unit.first_row >= self._row
+        """Whether the unit comes next, or after rows that have to be read on the way to it."""
+        if unit.file != self._columns.path or self._rest is None or unit.first_row < self._row:
+            return False
+        return unit.start <= self._group or unit.first_row <= self._row + _length(self._rest)
 
     def read(self, unit: Unit) -> Iterator[Chunk]:
         row, stop = unit.first_row, unit.first_row + unit.rows
         while row < stop:
             while self._rest is None or self._row + _length(self._rest) <= row:
-                self._row, self._rest = self._next()
+                self._group, self._row, self._rest = self._next()
             offset = row - self._row
             taken = _slice(self._rest, offset, min(_length(self._rest), stop - self._row))
             yield self._chunk(row, taken)
             row += _length(taken)
 
-    def _next(self) -> tuple[int, Any]:
+    def _next(self) -> tuple[int, int, Any]:
         found = next(self._tables, None)
         if found is None:
             raise DataError(f"{self._columns.path} has fewer rows than when the run was planned.")

@@ -26,7 +26,8 @@ def open_parquet(path: str) -> Iterator[Any]:
         with parquet.ParquetFile(inside, filesystem=system, pre_buffer=False, buffer_size=_BUFFER) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}.") from error
+        reason = " ".join(str(error).split()).rstrip(" .")  # of several lines, some of them
+        raise DataError(f"{path} cannot be read as Parquet: {reason}.") from error
 
 
 def schema(path: str) -> dict[str, pa.DataType]:
@@ -55,8 +56,8 @@ def cut(path: str, unit_rows: int) -> Iterator[tuple[int, int, int, int]]:
         yield first, rows, start, len(sizes)
 
 
-def tables(path: str, columns: list[str], start: int, chunk: int) -> Iterator[tuple[int, pa.Table]]:
-    """Everything from row group `start` on, at most `chunk` rows at a time, with the number of the first of them."""
+def tables(path: str, columns: list[str], start: int, chunk: int) -> Iterator[tuple[int, int, pa.Table]]:
+    """Everything from row group `start` on, at most `chunk` rows at a time, as (row group, first row, rows)."""
     with open_parquet(path) as file:
         metadata = file.metadata
         row = sum(metadata.row_group(group).num_rows for group in range(start))
@@ -64,7 +65,7 @@ def tables(path: str, columns: list[str], start: int, chunk: int) -> Iterator[tu
             size = min(chunk, _fitting(metadata.row_group(group), columns))
             batches = file.iter_batches(size, row_groups=[group], columns=columns, use_threads=False)
             for batch in batches:
-                yield row, pa.Table.from_batches([batch])
+                yield group, row, pa.Table.from_batches([batch])
                 row += len(batch)
 
 

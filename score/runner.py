@@ -21,7 +21,8 @@ from score.readers import Chunk, Reader, Wanted
 from score.scorer import Encoded, scorer_of
 from score.units import Counts, Footer, Plan, Unit, UnitReport
 
-AHEAD = 2  # chunks that a stage may have made before they are taken
+AHEAD = 1  # chunks that are read and preprocessed before they are taken; more would keep units from other processes
+RUN_AHEAD = 2  # that are run before they are written, as the disk is slow now and then
 STAGES = ("read", "preprocess", "run", "write")
 
 
@@ -135,7 +136,7 @@ class UnitRunner:
         """What is written of units: tables, and after the last of each unit one piece without."""
         read = ahead(self._read(units), AHEAD, "read", join=False)
         encoded = ahead(self._encode(read), AHEAD, "preprocess")
-        yield from ahead(self._answer(encoded), AHEAD, "run")
+        yield from ahead(self._answer(encoded), RUN_AHEAD, "run")
 
     def tables(self, units: Iterable[Unit]) -> Generator[pa.Table, None, None]:
         """What would be written of units."""
@@ -151,10 +152,10 @@ class UnitRunner:
                 chunks = self._reader.read(unit)
                 chunk = next(chunks, None)
             while chunk is not None:
-                yield work, chunk, [], {}
+                yield work, chunk, Encoded(), {}
                 with work.timed("read"):
                     chunk = next(chunks, None)
-            yield work, None, [], {}
+            yield work, None, Encoded(), {}
 
     def _encode(self, pieces: Iterable[_Piece]) -> Iterator[_Piece]:
         for work, chunk, rows, found in pieces:
@@ -162,7 +163,7 @@ class UnitRunner:
                 with work.timed("preprocess"):
                     rows = self._scorer.encode(chunk.raws)
                     found = of_raws(self._scorer.model.manifest.input, chunk.raws)
-                    found |= self._vocabulary.count(chunk.raws, rows, chunk.first_row)
+                    found |= self._vocabulary.count(chunk.raws, rows.rows, chunk.first_row)
             yield work, chunk, rows, found
 
     def _answer(self, pieces: Iterable[_Piece]) -> Iterator[Scored]:
@@ -176,9 +177,10 @@ class UnitRunner:
             yield Scored(work, table, _counts(answered.table, found | answered.drift))
 
     def _table(self, chunk: Chunk, answers: pa.Table) -> pa.Table:
-        files = [chunk.files] * len(answers) if isinstance(chunk.files, str) else list(chunk.files)
+        one = isinstance(chunk.files, str)
+        files = pa.repeat(chunk.files, len(answers)) if one else pa.array(chunk.files, pa.string())
         numbers = np.arange(chunk.first_row, chunk.first_row + len(answers), dtype=np.int64)
-        columns = [pa.array(files, pa.string()), pa.array(numbers), *chunk.keep.values(), *answers.columns]
+        columns = [files, pa.array(numbers), *chunk.keep.values(), *answers.columns]
         return pa.Table.from_arrays(columns, schema=self._schema)
 
 

@@ -1,8 +1,8 @@
 """Raw examples -> answers: every row has its own, whatever is wrong with the others."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,7 @@ from bundle.store import open_bundle
 from score import answers, drift
 from score.answers import BAD_INPUT, FAILED, OK
 from score.config import ScoreConfig
-from score.examples import Raw, Stored
+from score.examples import Raw, Raws, Stored
 from score.files import open_file
 
 _SLICE = 16  # rows that a thread preprocesses before it takes the next
@@ -32,7 +32,17 @@ class Fault:
     error: str
 
 
-Encoded = list[np.ndarray | Fault]
+@dataclass(frozen=True)
+class Encoded:
+    """Examples, preprocessed.
+
+    Attributes:
+        rows: tensors without batch axis, or one array of them all; where there is a fault, nothing of use.
+        faults: by the position of the example.
+    """
+
+    rows: Sequence[np.ndarray | None] | np.ndarray = ()
+    faults: Mapping[int, Fault] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,22 +91,31 @@ class Scorer:
         self._pool = ThreadPoolExecutor(decoders, "preprocess") if decoders > 1 else None
         self.schema = pa.schema([*self._columns.fields, *answers.STATUS])
 
-    def score(self, raws: Sequence[Raw]) -> pa.Table:
+    def score(self, raws: Raws) -> pa.Table:
         """A row of answers for each example, in their order; what could not be used or run says why in `_error`."""
         return self.answer(self.encode(raws)).table
 
-    def encode(self, raws: Sequence[Raw]) -> Encoded:
+    def encode(self, raws: Raws) -> Encoded:
         """Raw examples, preprocessed.
 
         Raises:
             OSError: a file cannot be read although it is there: another try may succeed.
         """
-        if self._pool is None:
-            return self._encode_all(raws)
-        slices = [raws[start : start + _SLICE] for start in range(0, len(raws), _SLICE)]
-        return list(chain.from_iterable(self._pool.map(self._encode_all, slices)))
+        if isinstance(raws, np.ndarray):
+            spoiled = np.flatnonzero(~np.isfinite(raws).all(axis=1))
+            found = {int(number): self._encode(raws[number].tobytes()) for number in spoiled}
+            return Encoded(raws, {number: row for number, row in found.items() if isinstance(row, Fault)})
+        rows = list(self._encode_each(raws))
+        faults = {number: row for number, row in enumerate(rows) if isinstance(row, Fault)}
+        return Encoded([None if isinstance(row, Fault) else row for row in rows], faults)
 
-    def _encode_all(self, raws: Sequence[Raw]) -> Encoded:
+    def _encode_each(self, raws: Sequence[Raw]) -> Iterator[np.ndarray | Fault]:
+        if self._pool is None:
+            return map(self._encode, raws)
+        slices = [raws[start : start + _SLICE] for start in range(0, len(raws), _SLICE)]
+        return chain.from_iterable(self._pool.map(self._encode_all, slices))
+
+    def _encode_all(self, raws: Sequence[Raw]) -> list[np.ndarray | Fault]:
         return [self._encode(raw) for raw in raws]
 
     def _encode(self, raw: Raw) -> np.ndarray | Fault:
@@ -107,54 +126,65 @@ class Scorer:
         except BadInput as error:
             return Fault(BAD_INPUT, str(error))
 
-    def answer(self, rows: Encoded) -> Answered:
+    def answer(self, encoded: Encoded) -> Answered:
         """The answers of preprocessed examples.
 
         Raises:
             BundleError, ModelError: the device fails whatever it is given.
         """
-        faults = [row if isinstance(row, Fault) else None for row in rows]
-        usable = [number for number, row in enumerate(rows) if not isinstance(row, Fault)]
+        count, faults = len(encoded.rows), dict(encoded.faults)
         widths = outputs.logits_widths(self.model.manifest.tasks)
-        logits = {name: np.zeros((len(rows), width), np.float32) for name, width in widths.items()}
-        for picked in self._batches(rows, usable):
-            self._run(rows, picked, logits, faults)
-        answered = np.array([fault is None for fault in faults], bool)
-        status = pa.array([OK if fault is None else fault.status for fault in faults], pa.int8())
-        errors = pa.array([None if fault is None else fault.error for fault in faults], pa.string())
+        logits = {name: np.zeros((count, width), np.float32) for name, width in widths.items()}
+        for picked in self._batches(encoded):
+            self._run(encoded, picked, logits, faults)
+        status, errors = _statuses(count, faults)
+        answered = status.to_numpy() == OK
         kept = logits if answered.all() else {name: each[answered] for name, each in logits.items()}
         columns = [*self._columns.arrays(kept, answered), status, errors]
         table = pa.Table.from_arrays(columns, schema=self.schema)
         return Answered(table, drift.of_logits(self.model.manifest.tasks, kept))
 
-    def _batches(self, rows: Encoded, usable: list[int]) -> list[list[int]]:
-        """Examples of about the same length, so that little is padded; the longest first, so that memory is taken once.
+    def _batches(self, encoded: Encoded) -> list[np.ndarray]:
+        """Examples of about the same length, by position, so that little is padded.
 
-        Where answers depend on the batch, predict_logits runs one at a time.
+        The longest come first, so that memory is taken once. Where answers depend on the batch, predict_logits
+        runs one at a time.
         """
-        spec = self.model.manifest.input
-        ordered = sorted(usable, key=lambda number: -preprocess.length(rows[number], spec))  # type: ignore[arg-type]
-        return [ordered[start : start + self._batch] for start in range(0, len(ordered), self._batch)]
+        picked, spec = np.delete(np.arange(len(encoded.rows)), list(encoded.faults)), self.model.manifest.input
+        if preprocess.is_sequence(spec):
+            lengths = [preprocess.length(row, spec) for row in encoded.rows if row is not None]
+            picked = picked[np.argsort(-np.array(lengths, int), kind="stable")]
+        return [picked[start : start + self._batch] for start in range(0, len(picked), self._batch)]
 
-    def _run(self, rows: Encoded, picked: list[int], logits: dict[str, np.ndarray], faults: list[Fault | None]) -> None:
+    def _run(
+        self, encoded: Encoded, picked: np.ndarray, logits: dict[str, np.ndarray], faults: dict[int, Fault]
+    ) -> None:
         """Run some examples; if they fail, each half of them for itself."""
         try:
-            got = self._predict([rows[number] for number in picked])
+            got = self._predict(encoded.rows, picked)
         except ModelError as error:
             if len(picked) == 1:
                 self_test(open_bundle(self._bundle), self.model)  # it is the example's fault if others do not fail
-                faults[picked[0]] = Fault(FAILED, str(error))
+                faults[int(picked[0])] = Fault(FAILED, str(error))
                 return
             for half in (picked[: len(picked) // 2], picked[len(picked) // 2 :]):
-                self._run(rows, half, logits, faults)
+                self._run(encoded, half, logits, faults)
             return
         for name, values in got.items():
             logits[name][picked] = values
 
-    def _predict(self, batch: Sequence[np.ndarray | Fault]) -> dict[str, np.ndarray]:
-        tensors = [row for row in batch if isinstance(row, np.ndarray)]
+    def _predict(self, rows: Sequence[np.ndarray | None] | np.ndarray, picked: np.ndarray) -> dict[str, np.ndarray]:
+        together = rows[picked] if isinstance(rows, np.ndarray) else [rows[number] for number in picked]
         manifest, variant = self.model.manifest, self.model.variant
-        return predict_logits(self.model.session, manifest.input, tensors, batch_invariant=variant.batch_invariant)
+        return predict_logits(self.model.session, manifest.input, together, batch_invariant=variant.batch_invariant)
+
+
+def _statuses(count: int, faults: Mapping[int, Fault]) -> tuple[pa.Array, pa.Array]:
+    """The columns of answers.STATUS."""
+    status, errors = np.full(count, OK, np.int8), np.full(count, None, object)
+    for number, fault in faults.items():
+        status[number], errors[number] = fault.status, fault.error
+    return pa.array(status), pa.array(errors, pa.string())
 
 
 def _read(stored: Stored) -> bytes:

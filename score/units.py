@@ -118,7 +118,8 @@ class UnitReport(Record, frozen=True, kw_only=True):
     seconds: dict[str, float]  # read, preprocess, run, write: time that each stage worked on it
     bytes: int  # of the part
     process: str = ""  # HOST:PID, and what it had cost by then, as score.usage measures it:
-    cpu_s: float = 0.0  # of all its threads
+    wall_s: float = 0.0  # since it was ready to score
+    cpu_s: float = 0.0  # since then, of all its threads
     peak_rss: int = 0  # bytes
 
 

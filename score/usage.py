@@ -16,10 +16,10 @@ from score.units import UnitReport
 def measured(reports: Iterable[UnitReport]) -> Iterator[UnitReport]:
     """The reports of the units that this process scores, each with what the process had cost by then."""
     process = process_name()
-    began = time.process_time()
+    began, began_cpu = time.perf_counter(), time.process_time()
     for report in reports:
-        cpu_s = time.process_time() - began
-        yield msgspec.structs.replace(report, process=process, cpu_s=cpu_s, peak_rss=peak_rss())
+        wall_s, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
+        yield msgspec.structs.replace(report, process=process, wall_s=wall_s, cpu_s=cpu_s, peak_rss=peak_rss())
 
 
 def process_name() -> str:
