@@ -1,18 +1,21 @@
 """One side of benchmarks/score_throughput.py: python score_peer.py SIDE TASK BUNDLE INPUT OUT WORKERS
 
 session    The bundle's bare session on tensors that are there already: the longest first, nothing read or written.
-stages     CPU seconds a row of reading, preprocessing, session and writing, each alone, in one thread.
+stages     CPU seconds a row of reading, preprocessing, session and writing, each alone, in one thread; writing is what
+           makes logits the columns of a part on the disk.
 pipeline   transformers' pipeline with a network of the same architecture, in torch.
 datasets   datasets.map, with the bundle.
 ray        Ray Data's own reading, map_batches and writing, with the bundle.
 
-What it found goes to stdout as one JSON object.
+What it found goes to stdout as one JSON object. Of datasets and ray, too, the seconds of scoring begin when every
+process has its model.
 """
 
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,6 +26,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 BATCH = 64  # of every side, as ours takes at most
+STAGED = 8192  # rows that are read, and written, together
 
 
 def inputs(source: Path) -> list[Path] | pa.Table:
@@ -44,10 +48,19 @@ def encoded(values: list[Any]) -> list[bytes]:
 
 
 @cache
-def model(bundle: str) -> Any:
+def model(bundle: str, ready: Path | None = None) -> Any:
+    """The model; when it is there, a file in the folder `ready` says so."""
     from bundle.model import load_model
 
-    return load_model(Path(bundle), device="cpu", threads=1)
+    loaded = load_model(Path(bundle), device="cpu", threads=1)
+    if ready:
+        (ready / f"{os.getpid()}").touch()
+    return loaded
+
+
+def since(ready: Path) -> float:
+    """Seconds since the last process had its model."""
+    return time.time() - max(each.stat().st_mtime for each in ready.iterdir())
 
 
 def ordered(bundle: str, source: Path) -> list[np.ndarray]:
@@ -81,7 +94,10 @@ def session(task: str, bundle: str, source: Path, out: Path, workers: int) -> di
 
 
 def stages(task: str, bundle: str, source: Path, out: Path, workers: int) -> dict[str, float]:
-    """By the parts of our pipeline, one after the other, on the rows of the first units."""
+    """By the parts of our pipeline, one after the other, on the rows of the first two units."""
+    from bundle.model import predict_logits
+    from bundle.preprocess import is_sequence, length
+    from score.answers import Columns
     from score.config import ScoreConfig
     from score.folder import Folder
     from score.parts import PartWriter
@@ -90,19 +106,22 @@ def stages(task: str, bundle: str, source: Path, out: Path, workers: int) -> dic
     from score.scorer import Scorer
     from score.units import Counts, Footer
 
-    config = ScoreConfig(Path(bundle), (str(source),), str(out), threads=1, device="cpu")
+    config = ScoreConfig(Path(bundle), (str(source),), out=str(out), threads=1, device="cpu")
     config, plan = prepare(config)
     scorer = Scorer(config.bundle, device="cpu", threads=1)
-    reader = Reader(Wanted(scorer.model.manifest.input, {}, {}), plan.files, 1024)
-    units = plan.units[: max(1, 16384 // plan.units[0].rows)]
+    spec, tasks = scorer.model.manifest.input, scorer.model.manifest.tasks
+    reader = Reader(Wanted(spec, {}, {}), plan.files, STAGED)
+    units = plan.units[:2]
     count = sum(unit.rows for unit in units)
-    chunks, read_s = timed(lambda: [chunk for unit in units for chunk in reader.read(unit)])
-    rows, preprocess_s = timed(lambda: [scorer.encode(chunk.raws) for chunk in chunks])
-    tensors = [row for each in rows for row in each]
-    batches = [tensors[start : start + BATCH] for start in range(0, len(tensors), BATCH)]
-    scorer.model.logits(batches[0])
-    _, session_s = timed(lambda: [scorer.model.logits(batch) for batch in by_length(scorer, tensors)])
-    tables = [scorer.answer(each).table for each in rows]
+    _, read_s = timed(lambda: [len(chunk.raws) for unit in units for chunk in reader.read(unit)])
+    chunks = [chunk for unit in units for chunk in reader.read(unit)]
+    rows, preprocess_s = timed(lambda: [scorer.encode(chunk.raws).rows for chunk in chunks])
+    rows = [sorted(each, key=lambda row: -length(row, spec)) if is_sequence(spec) else each for each in rows]
+    batches = [each[start : start + BATCH] for each in rows for start in range(0, len(each), BATCH)]
+    run = partial(predict_logits, scorer.model.session, spec, batch_invariant=scorer.model.variant.batch_invariant)
+    run(batches[0])
+    found, session_s = timed(lambda: list(map(run, batches)))
+    logits = {name: np.concatenate([each[name] for each in found]) for name in found[0]}
     footer = Footer(
         fingerprint=plan.fingerprint,
         bundle=plan.bundle,
@@ -112,17 +131,19 @@ def stages(task: str, bundle: str, source: Path, out: Path, workers: int) -> dic
         first_row=0,
         counts=Counts(),
     )
-    with PartWriter(Folder(str(out)), units[0], tables[0].schema, "parquet") as part:
-        _, write_s = timed(lambda: [*map(part.write, tables), part.finish(footer)])
+    columns = Columns(tasks)
+
+    def write() -> None:
+        with PartWriter(Folder(str(out)), units[0], pa.schema(columns.fields), "parquet") as part:
+            for start in range(0, count, STAGED):
+                some = {name: each[start : start + STAGED] for name, each in logits.items()}
+                arrays = columns.arrays(some, np.ones(len(next(iter(some.values()))), bool))
+                part.write(pa.Table.from_arrays(arrays, schema=pa.schema(columns.fields)))
+            part.finish(footer)
+
+    _, write_s = timed(write)
     seconds = {"read": read_s, "preprocess": preprocess_s, "session": session_s, "write": write_s}
     return {name: value / count for name, value in seconds.items()}
-
-
-def by_length(scorer: Any, tensors: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    from bundle import preprocess
-
-    rows = sorted(tensors, key=lambda row: -preprocess.length(row, scorer.model.manifest.input))
-    return (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
 
 
 def timed(do: Callable[[], Any]) -> tuple[Any, float]:
@@ -155,49 +176,56 @@ def pipeline(task: str, bundle: str, source: Path, out: Path, workers: int) -> d
         data, more = [str(path) for path in found], {}
     pipe = transformers.pipeline(kind, model=network.eval(), device="cpu", **make)
     began = time.perf_counter()
-    answers = list(pipe(iter(data), batch_size=BATCH, **more))
+    answers = list(pipe((each for each in data), batch_size=BATCH, **more))  # a generator is what it batches
     first = [each[0] if isinstance(each, list) else each for each in answers]
     parquet.write_table(pa.Table.from_pylist(first), out)
     return {"scoring_s": time.perf_counter() - began}
 
 
-def answer(bundle: str, raw: list[bytes]) -> dict[str, list[Any]]:
+def answer(bundle: str, ready: Path, raw: list[bytes]) -> dict[str, list[Any]]:
     """The best label and its score, as most people would write it."""
-    loaded = model(bundle)
+    loaded = model(bundle, ready)
     answers = loaded.predict(raw)
     return {"label": [row[0].decode() for row in answers["label"]], "score": answers["score"].max(axis=1).tolist()}
 
 
-def mapped(bundle: str, batch: dict[str, Any]) -> dict[str, list[Any]]:
+def mapped(bundle: str, ready: Path, batch: dict[str, Any]) -> dict[str, list[Any]]:
     if "path" in batch:
-        return answer(bundle, [Path(path).read_bytes() for path in batch["path"]])
+        return answer(bundle, ready, [Path(path).read_bytes() for path in batch["path"]])
     if "bytes" in batch:
-        return answer(bundle, list(batch["bytes"]))
-    return answer(bundle, encoded(list(next(iter(batch.values())))))
+        return answer(bundle, ready, list(batch["bytes"]))
+    return answer(bundle, ready, encoded(list(next(iter(batch.values())))))
+
+
+def made(out: Path) -> Path:
+    ready = out.with_name("ready")
+    ready.mkdir()
+    return ready
 
 
 def datasets(task: str, bundle: str, source: Path, out: Path, workers: int) -> dict[str, float]:
     import datasets as hf
 
     hf.disable_progress_bars()
-    began = time.perf_counter()
+    ready = made(out)
     if source.is_dir():
         rows = hf.Dataset.from_dict({"path": [str(path) for path in inputs(source)]})
     else:
         rows = hf.load_dataset("parquet", data_files=str(source), split="train", cache_dir=str(out.parent / "hf"))
-    done = rows.map(partial(mapped, bundle), batched=True, batch_size=BATCH, num_proc=workers)
+    done = rows.map(partial(mapped, bundle, ready), batched=True, batch_size=BATCH, num_proc=workers)
     done.select_columns(["label", "score"]).to_parquet(str(out))
-    return {"scoring_s": time.perf_counter() - began}
+    return {"scoring_s": since(ready)}
 
 
 class OnRay:
     """What Ray's guide to batch inference has: the model in an actor."""
 
-    def __init__(self, bundle: str) -> None:
-        self.bundle = bundle
+    def __init__(self, bundle: str, ready: Path) -> None:
+        self.bundle, self.ready = bundle, ready
+        model(bundle, ready)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return mapped(self.bundle, batch)
+        return mapped(self.bundle, self.ready, batch)
 
 
 def ray(task: str, bundle: str, source: Path, out: Path, workers: int) -> dict[str, float]:
@@ -205,13 +233,13 @@ def ray(task: str, bundle: str, source: Path, out: Path, workers: int) -> dict[s
 
     with connected(None, cpus=workers) as module:
         module.data.DataContext.get_current().enable_progress_bars = False
-        began = time.perf_counter()
+        ready = made(out)
         read = module.data.read_binary_files if source.is_dir() else module.data.read_parquet
         size = module.data.ActorPoolStrategy(size=workers)
         read(str(source)).map_batches(
-            OnRay, fn_constructor_args=(bundle,), batch_size=BATCH, compute=size, num_cpus=0.5
+            OnRay, fn_constructor_args=(bundle, ready), batch_size=BATCH, compute=size, num_cpus=0.5
         ).write_parquet(str(out))
-        return {"scoring_s": time.perf_counter() - began}
+        return {"scoring_s": since(ready)}
 
 
 def main() -> None:

@@ -1,17 +1,20 @@
-"""Rows a second of `edgeward score`, its limit, and others: python -m benchmarks.score_throughput --out DIR
+"""Rows a second of `edgeward score`, its limit, and others: python -m benchmarks.score_throughput --out DIR [--keep]
 
 For texts, images and feature vectors (benchmarks/score_inputs.py), every side runs in a process of its own, in turns,
 `--rounds` times; the medians are printed. The limit is the cores divided by the CPU seconds a row of reading,
 preprocessing, session and writing, each measured alone in one thread (benchmarks/score_peer.py), in the same turns.
 `command` counts everything from the start of the process to its end, `scoring` what comes after the loading of
-libraries and model, and of trials of settings. Memory is the peak of PSS over all processes of a side.
+libraries and model, and of trials of settings: until the last part is on the disk. Memory is the peak of PSS over all
+processes of a side. The sides that run the bundle must give the same labels and scores, bit for bit.
 
 Then `--memory` rows of vectors, and a hundred times as many, are scored for their peak memory.
 
-Sides that need a library that this environment lacks get one of their own below --out. The numbers go to results.json.
+Sides that need a library that this environment lacks get one of their own below --out. The numbers go to
+DIR/results.json, beside those of other tasks that are there; --keep also writes benchmarks/results.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -24,13 +27,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+from pyarrow import dataset
+
 from benchmarks.score_inputs import EDGEWARD, bundle, rows
-from bundle.host import cpu_count
+from bundle.host import cpu_count, cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER = str(ROOT / "benchmarks" / "score_peer.py")
-ROWS = {"text": 20_000, "images": 5_000, "vectors": 200_000}
+RESULTS = ROOT / "benchmarks" / "results"
+ROWS = {"text": 8_000, "images": 2_000, "vectors": 2_000_000, "words": 400_000}
 SIDES = ("edgeward", "session", "stages", "pipeline", "datasets", "ray")
+SAME = ("datasets", "ray")  # run the same model as we do
+PIPED = ("text", "images")  # what transformers has a pipeline for
 LIMIT_S = 3600.0  # of one side
 SAMPLED_S = 0.05  # between two looks at the memory
 SILENT = {
@@ -76,10 +85,10 @@ def watched(command: list[str], log: Path) -> Told:
 
 def _look(root: int, peak: list[int], ended: threading.Event) -> None:
     while not ended.wait(SAMPLED_S):
-        peak[0] = max(peak[0], sum(map(_pss, _family(root))))
+        peak[0] = max(peak[0], sum(map(pss, family(root))))
 
 
-def _family(root: int) -> set[int]:
+def family(root: int) -> set[int]:
     parents = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -92,7 +101,7 @@ def _family(root: int) -> set[int]:
     return found
 
 
-def _pss(process: int) -> int:
+def pss(process: int) -> int:
     """Proportional set size in bytes: what processes share counts once."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
@@ -127,20 +136,38 @@ def run(side: str, task: str, path: Path, source: Path, out: Path) -> Told:
         command = [EDGEWARD, "score", str(path), str(source), "--out", str(target / "scores"), "--json"]
         told = watched([*command, "--device", "cpu"], log)
         report = json.loads((target / "scores" / "_report.json").read_bytes())
-        told.answer = {"scoring_s": report["cost"]["wall_s"], "limiting": report["cost"]["limiting_stage"]}
+        cost = report["cost"]
+        told.answer = {name: report[name] for name in ("settings", "trials")} | {"cost": cost}
+        told.answer["scoring_s"] = max(process["wall_s"] for process in cost["processes"])
+        told.answer["answers"] = answers(target / "scores")
         return told
     arguments = [side, task, str(path), str(source), str(target / "peer"), str(cpu_count())]
-    return watched([interpreter(side, out), PEER, *arguments], log)
+    told = watched([interpreter(side, out), PEER, *arguments], log)
+    if side in SAME:
+        told.answer["answers"] = answers(target / "peer")
+    return told
+
+
+def answers(written: Path) -> str:
+    """The sha256 of the labels and scores of all rows, sorted, as Ray keeps no order."""
+    table = dataset.dataset(written, format="parquet").to_table(["label", "score"])
+    table = table.cast(pa.schema({"label": pa.string(), "score": pa.float32()}))
+    table = table.sort_by([("label", "ascending"), ("score", "ascending")]).combine_chunks()
+    labels = "\n".join(table["label"].to_pylist()).encode()
+    return hashlib.sha256(labels + table["score"].to_numpy().tobytes()).hexdigest()
 
 
 def measure(task: str, count: int, sides: list[str], rounds: int, out: Path) -> dict[str, Any]:
     """The medians of one task; rows a second, except of `stages`."""
     path, source = bundle(task, out), rows(task, count, out)
-    told: dict[str, list[Told]] = {side: [] for side in sides if (task, side) != ("vectors", "pipeline")}
+    told: dict[str, list[Told]] = {side: [] for side in sides if side != "pipeline" or task in PIPED}
     for _ in range(rounds):
         for side, runs in told.items():
             print(task, side, "...", file=sys.stderr, flush=True)
             runs.append(run(side, task, path, source, out))
+    found = {each.answer["answers"] for side in ("edgeward", *SAME) for each in told.get(side, [])}
+    if len(found) > 1:
+        raise SystemExit(f"{task}: the sides that run the bundle do not agree")
     result: dict[str, Any] = {"rows": count, "cores": cpu_count()}
     if stages := told.pop("stages", None):
         names = stages[0].answer
@@ -156,22 +183,33 @@ def measure(task: str, count: int, sides: list[str], rounds: int, out: Path) -> 
     return result
 
 
-def show(task: str, result: dict[str, Any]) -> None:
-    """A table of one task, with each side's share of the limit, and of ours."""
-    print(f"\n{task}: {result['rows']} rows, {result['cores']} cores; rows a second")
-    limit = result.get("limit")
-    if limit:
-        shares = ", ".join(f"{name} {1e6 * value:.1f}" for name, value in result["stages"].items())
-        print(f"  limit      {limit:>10.0f}   (CPU µs a row: {shares})")
-    ours = result.get("edgeward", {}).get("scoring")
-    for side in SIDES:
-        if side in result:
+def table(results: dict[str, Any]) -> str:
+    """Every task with its sides, in Markdown."""
+    lines = [
+        "| task | side | rows/s, scoring | of the limit | ours is × | rows/s, command | peak MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for task, result in results["tasks"].items():
+        limit, ours = result.get("limit"), result.get("edgeward", {}).get("scoring")
+        if limit:
+            shares = ", ".join(f"{name} {1e6 * value:.4g}" for name, value in result["stages"].items())
+            lines.append(f"| {task}, {result['rows']:,} rows | limit: µs a row: {shares} | {limit:,.0f} | 1 | | | |")
+        for side in (side for side in SIDES if side in result and side != "stages"):
             one = result[side]
-            line = (
-                f"  {side:<10} {one['scoring']:>10.0f}   command {one['command']:>8.0f}   {one['peak_mib']:>6.0f} MiB"
-            )
-            line += f"   {one['scoring'] / limit:.2f} of the limit" if limit else ""
-            print(line + (f"   ours is × {ours / one['scoring']:.2f}" if ours and side != "edgeward" else ""))
+            share = f"{one['scoring'] / limit:.2f}" if limit else ""
+            times = f"{ours / one['scoring']:.2f}" if ours else ""
+            rates = f"{one['scoring']:,.0f} | {share} | {times} | {one['command']:,.0f}"
+            lines.append(f"| {task} | {side} | {rates} | {one['peak_mib']:.0f} |")
+    return "\n".join(lines)
+
+
+def told(results: dict[str, Any]) -> str:
+    """What is kept, in Markdown."""
+    command = "Rows a second of `edgeward score`: `python -m benchmarks.score_throughput --out DIR --keep`"
+    text = f"{command}\n\n{results['cpu']}, {results['cores']} cores.\n\n{table(results)}\n"
+    for count, peak in results.get("memory", {}).items():
+        text += f"\nPeak memory, {int(count):,} rows of vectors: {peak:.0f} MiB.\n"
+    return text
 
 
 def memory(count: int, out: Path) -> dict[str, float]:
@@ -186,7 +224,8 @@ def memory(count: int, out: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="bundles, inputs and environments are kept there")
-    parser.add_argument("--only", nargs="+", choices=[*ROWS], default=[*ROWS], metavar="TASK")
+    parser.add_argument("--keep", action="store_true", help="write the results to benchmarks/results as well")
+    parser.add_argument("--only", nargs="*", choices=[*ROWS], default=[*ROWS], metavar="TASK")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=[*SIDES], metavar="SIDE")
     parser.add_argument("--rows", type=int, help=f"of each task (default {ROWS})")
     parser.add_argument("--rounds", type=int, default=3)
@@ -194,15 +233,20 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {}
+    path = out / "results.json"
+    results: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {"tasks": {}}
+    results |= {"cpu": cpu_name(), "cores": cpu_count()}
     for task in options.only:
-        results[task] = measure(task, options.rows or ROWS[task], options.sides, options.rounds, out)
-        show(task, results[task])
+        results["tasks"][task] = measure(task, options.rows or ROWS[task], options.sides, options.rounds, out)
     if options.memory:
         results["memory"] = memory(options.memory, out)
-        few, many = results["memory"].values()
-        print(f"\nmemory: {few:.0f} MiB for {options.memory} rows, {many:.0f} MiB for 100 times as many")
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+    written = json.dumps(results, indent=1)
+    path.write_text(written)
+    print(told(results))
+    if options.keep:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "score_throughput.md").write_text(told(results))
+        (RESULTS / "score_throughput.json").write_text(written + "\n")
 
 
 if __name__ == "__main__":
