@@ -144,8 +144,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the bundle is made and kept there")
     parser.add_argument("--bundle", type=Path, help="of texts; by default word vectors are trained")
-    parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--unit-rows", type=int, default=500)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--unit-rows", type=int, default=1000)
     parser.add_argument("--kills", type=int, default=10)
     options = parser.parse_args()
     from benchmarks.score_inputs import bundle as made
