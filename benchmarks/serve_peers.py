@@ -76,8 +76,11 @@ class Side:
 
     def ask(self, limit_s: float, *question: Any) -> Any:
         """What the side's asker gives; a text is a fault."""
-        self.asker.send(question)
-        return self.asker.recv() if self.asker.poll(limit_s) else f"no answer within {limit_s:.0f} s"
+        try:
+            self.asker.send(question)
+            return self.asker.recv() if self.asker.poll(limit_s) else f"no answer within {limit_s:.0f} s"
+        except (EOFError, OSError) as error:
+            return f"what asks it has ended: {error}"
 
     def p50(self, in_flight: int) -> list[float]:
         """Of each round, ms."""

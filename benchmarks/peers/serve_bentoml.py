@@ -1,4 +1,4 @@
-"""BentoML by gRPC, which its older interface alone has: one worker, the session in it, without a runner's process."""
+"""BentoML by gRPC, which its older interface alone has: one worker with the session, no runner, no access log."""
 
 import os
 import sys
@@ -25,6 +25,7 @@ def service() -> object:
 if __name__ == "__main__":
     model, port, threads = sys.argv[1:]
     os.environ |= {"MODEL": model, "MODEL_THREADS": threads, "BENTOML_HOME": str(Path.cwd())}
+    os.environ["BENTOML_CONFIG_OPTIONS"] = "api_server.logging.access.enabled=false"
     folder = str(Path(__file__).parent)
     options = ["--production", "--host", "127.0.0.1", "--port", port, "--api-workers", "1", "--working-dir", folder]
     command = [sys.executable, "-m", "bentoml", "serve-grpc", f"{Path(__file__).stem}:served", *options]

@@ -33,13 +33,17 @@ class Server:
         return f"exit code {self._process.returncode}: {lines[-1][:200]}"
 
     def processes(self) -> list[int]:
-        """Their ids."""
-        found = []
+        """The ids of those that carry the mark, and of their children, as some overwrite what they inherited."""
+        parents, found = {}, {self._process.pid}
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has ended
+                pid, stat = int(path.name), (path / "stat").read_text().rpartition(")")[2].split()
+                parents[pid] = int(stat[1]) if stat[0] != "Z" else 0
                 if self._mark in (path / "environ").read_bytes().split(b"\0"):
-                    found.append(int(path.name))
-        return found
+                    found.add(pid)
+        while children := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= children
+        return sorted(found & {pid for pid, parent in parents.items() if parent})
 
     def freeze(self) -> None:
         """Until `thaw`."""
@@ -67,10 +71,21 @@ class Server:
     def stop(self) -> None:
         """All of them, kindly at first."""
         self.thaw()
+        left = {*self.processes()}
         self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOPS_WITHIN_S)
-        while self.processes():
-            self._send(signal.SIGKILL)
-            self._process.poll()
+        end = time.perf_counter() + STOPS_WITHIN_S
+        while time.perf_counter() < end and (left := {*filter(_runs, left | {*self.processes()})}):
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
+        self._process.poll()
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

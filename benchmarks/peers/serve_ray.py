@@ -1,4 +1,4 @@
-"""Ray Serve by its gRPC proxy: one replica of one deployment, no dashboard."""
+"""Ray Serve by its gRPC proxy: one replica of one deployment, no dashboard, no access log."""
 
 import threading
 
@@ -11,9 +11,10 @@ from serve_shared import Model, free_port, task
 from protos import inference_pb2 as pb
 
 WANTED = task()
+QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 
 
-@serve.deployment(num_replicas=1, max_ongoing_requests=64)
+@serve.deployment(num_replicas=1, max_ongoing_requests=64, logging_config=QUIET)
 class Onnx:
     def __init__(self, model: str, threads: int) -> None:
         self.model = Model(model, threads)
@@ -32,6 +33,7 @@ if __name__ == "__main__":
     serve.start(
         http_options={"host": "127.0.0.1", "port": free_port()},
         grpc_options=gRPCOptions(port=WANTED.port, grpc_servicer_functions=functions),
+        logging_config=QUIET,
     )
     serve.run(Onnx.bind(WANTED.model, WANTED.threads), name="default", route_prefix="/")
     threading.Event().wait()
