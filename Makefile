@@ -7,7 +7,7 @@ export ORT_DISABLE_TELEMETRY = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 
-.PHONY: demo demo-digits examples bench-serve test check format protos venv clean
+.PHONY: demo demo-digits examples bench-serve bench-serve-peers test check format protos venv clean
 
 demo: venv  ## a pretrained MiniLM, real tweets: fine-tune, export, serve, ask
 	rm -rf demo/tweets
@@ -32,6 +32,9 @@ examples: venv  ## the tutorials (docs/tutorials.md), each from data to a served
 
 bench-serve: venv  ## how fast the server is beside its limits; benchmarks/results/serve_speed.md is written anew
 	$(BIN)/python -m benchmarks.serve_speed --keep
+
+bench-serve-peers: venv  ## our server beside others, each in an environment of its own: benchmarks/results/serve_peers.md
+	$(BIN)/python -m benchmarks.serve_peers --keep
 
 test: venv  ## the tests
 	$(BIN)/pytest -q

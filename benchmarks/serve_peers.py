@@ -173,13 +173,21 @@ def measured(name: str, path: Path, taking_part: Sequence[Side], rounds: int, se
 
 
 def told(side: Side, ours: Side) -> dict[str, Any]:
-    """A row as JSON has it."""
+    """A row as JSON has it; lists are of the rounds."""
     if side.error is not None:
         return {"server": side.name, "error": side.error}
-    figures = {f"c{c}": {"p50_ms": side.p50(c), "p99_ms": side.p99(c), "answers_s": side.rate(c)} for c in LOADS}
+    figures = {
+        f"c{c}": {"p50_ms": rounded(side.p50(c)), "p99_ms": side.p99(c), "answers_s": rounded(side.rate(c))}
+        for c in LOADS
+    }
     rest = {"ready_s": side.ready_s, "rss_mb": side.rss_mb, "pss_mb": side.pss_mb, "difference": side.difference}
     ratios = {"p50_c1": ratio(side.p50(1), ours.p50(1)), "answers_s_c8": ratio(side.rate(8), ours.rate(8))}
     return {"server": side.name, "versions": versions(side.python), **figures, "to_ours": ratios, **rest}
+
+
+def rounded(figures: Sequence[float]) -> list[float]:
+    """To what a measurement is worth."""
+    return [round(each, 4) for each in figures]
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float | None:
@@ -216,17 +224,19 @@ def settings(name: str) -> str:
 def described(found: dict[str, list[dict[str, Any]]], taking_part: Sequence[Side], options: argparse.Namespace) -> str:
     """The page that is kept."""
     installed = {side.name: size_mb(side.python) for side in taking_part if side.python}
-    command = " ".join(["python -m benchmarks.serve_peers", *sys.argv[1:]])
     lengths = f"{options.rounds} rounds of {options.seconds:g} s, of {2 * options.seconds:g} s for float"
-    parts = [
-        "# Servers, side by side",
-        f"`{command}`\n{cpu_name()}, {os.cpu_count()} cores. {lengths}. c: calls under way.",
-    ]
+    meant = "c: calls under way. × ours: the figure divided by ours"
+    parts = ["# Servers, side by side", f"`{typed()}`", f"{cpu_name()}, {os.cpu_count()} cores. {lengths}. {meant}."]
     abouts = {line.split()[0]: line for line in (__doc__ or "").strip().splitlines()[-len(MODELS) :]}
     for name, rows in found.items():
         parts += [f"## {abouts[name]}", table(rows, installed)]
     parts.append("\n".join(f"- {side.name}: {settings(side.name)} {listed(side)}" for side in taking_part))
     return "\n\n".join(parts) + "\n"
+
+
+def typed() -> str:
+    """The command."""
+    return " ".join(["python -m benchmarks.serve_peers", *sys.argv[1:]])
 
 
 def listed(side: Side) -> str:
@@ -239,23 +249,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=PEERS, default=list(PEERS), help="some of the servers")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), help="one of the models")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each server in each round and load (default 1)")
-    parser.add_argument("--out", type=Path, default=Path("demo/serve"), help="where the models are kept")
+    parser.add_argument("--out", type=Path, default=Path("demo/bench"), help="for the models (default demo/bench)")
+    parser.add_argument("--keep", action="store_true", help="write benchmarks/results/serve_peers.md and .json")
     options = parser.parse_args()
     found = {}
     for name in options.models:
         taking_part = [make_side(each) for each in options.only]
         path = model(name, options.out).resolve()
         measured(name, path, taking_part, options.rounds, options.seconds * (2 if name == "float" else 1))
-        ours = next((side for side in taking_part if side.name == "edgeward"), Side("edgeward", ""))
+        ours = next(
+            (side for side in taking_part if (side.name, side.error) == ("edgeward", None)), Side("edgeward", "")
+        )
         found[name] = [told(side, ours) for side in taking_part]
     page = described(found, taking_part, options)
     print(page)
-    if set(options.only) == set(PEERS) and set(options.models) == set(MODELS):
+    if options.keep:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.with_suffix(".md").write_text(page)
-        RESULTS.with_suffix(".json").write_text(json.dumps({"cpu": cpu_name(), "models": found}, indent=1) + "\n")
+        RESULTS.with_suffix(".json").write_text(
+            json.dumps({"command": typed(), "cpu": cpu_name(), "models": found}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
