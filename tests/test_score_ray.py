@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from hashlib import sha256
 from importlib.util import find_spec
@@ -14,8 +18,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from benchmarks.score_throughput import family
 from bundle.errors import MissingExtra
 from score.config import ScoreConfig
+from score.ray_engine import MAX_ATTEMPTS
 from score.run import score
 from tests.serve_bundles import write_text_bundle
 
@@ -27,6 +33,7 @@ from pathlib import Path
 
 from score import ray_engine
 from score.config import ScoreConfig
+from score.errors import WorkerDied
 from score.run import score
 
 
@@ -35,6 +42,20 @@ def harassed(config, plan, units):
         if number == 0:
             os.kill(int(report.process.partition(":")[2]), signal.SIGKILL)
         yield report
+
+
+class Deadly(ray_engine._Actor):
+    def _running(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fate(options, out):
+    ray_engine._Actor = Deadly
+    options |= {"out": out, "engine": "ray", "unit_rows": options["unit_rows"] * 40}
+    try:
+        score(ScoreConfig(**options))
+    except WorkerDied as error:
+        return str(error)
 
 
 def family(parents):
@@ -60,6 +81,7 @@ def main():
         begun = score(ScoreConfig(**options | {"out": back, "shard": "1/2"}), harassed)
         ended = score(ScoreConfig(**options | {"out": out, "engine": "ray"}))
         told = {"missing": [begun.missing, ended.missing], "listening": listening()}
+        told["fate"] = fate(options, f"{out}-deadly")
     print(json.dumps(told))
 
 
@@ -77,6 +99,19 @@ def parts(folder):
     return {path.name: sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
+def free_ports():
+    """Two that were free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        return [str(each.getsockname()[1]) for each in (one, two)]
+
+
+def wait_until(holds):
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("score")
@@ -86,7 +121,7 @@ def config(tmp_path_factory):
     return ScoreConfig(
         folder / "mood",
         (str(folder / "rows.parquet"),),
-        str(folder / "alone"),
+        out=str(folder / "alone"),
         unit_rows=UNIT_ROWS,
         processes=1,
         threads=1,
@@ -143,6 +178,41 @@ def test_a_local_ray_is_reached_from_this_machine_only(on_ray):
     """Every port that Ray opens is on the loopback address."""
     assert on_ray[2]["listening"]
     assert set(on_ray[2]["listening"]) <= LOOPBACK
+
+
+@needs_ray
+def test_units_that_kill_every_worker_end_the_run(on_ray):
+    """After a few attempts they are named; Ray itself would try for ever."""
+    assert re.search(f"Ray lost {MAX_ATTEMPTS} times what had part-000000-000000 in hand", on_ray[2]["fate"])
+
+
+@needs_ray
+def test_a_ray_that_was_started_before_is_used_and_left_running(config, alone, tmp_path):
+    """By the address of one that `ray start` has started, and that is there for the next run as well."""
+    port, other = free_ports()
+    start = ["--head", "--block", "--port", port, "--ray-client-server-port", other, "--node-ip-address", "127.0.0.1"]
+    quiet = ["--num-cpus", "2", "--include-dashboard", "false", "--disable-usage-stats"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *start, *quiet]
+    out, log = tmp_path / "out", tmp_path / "log"
+    score_it = [sys.executable, "-m", "edgeward", "score", config.bundle, *config.inputs, "--out", out, "--json"]
+    score_it += ["--unit-rows", str(UNIT_ROWS), "--threads", "1"]
+    score_it += ["--engine", "ray", "--ray-address", f"127.0.0.1:{port}"]
+    with tempfile.TemporaryDirectory() as short:
+        environment = os.environ | {"HOME": short, "RAY_TMPDIR": short, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        with log.open("wb") as file:
+            head = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+        try:
+            wait_until(lambda: head.poll() is not None or b"--block" in log.read_bytes())
+            first = subprocess.run(score_it, env=environment, capture_output=True, text=True, timeout=120)
+            left = head.poll()
+        finally:
+            for process in family(head.pid):
+                os.kill(process, signal.SIGKILL)  # at SIGTERM it would wait half a minute
+            head.wait(30)
+    assert first.returncode == 0, first.stderr
+    assert left is None
+    assert json.loads(first.stdout)["missing"] == 0
+    assert parts(out) == alone
 
 
 def test_without_ray_the_engine_says_what_to_install(config, monkeypatch, tmp_path):
