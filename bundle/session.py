@@ -24,6 +24,7 @@ log = structlog.get_logger()
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 
+SPIN_US = 50
 _SLOW = {"cpu": ["SkipLayerNormFusion"]}  # optimisations whose kernels are slower there than what they replace
 _KERNEL = "_kernel_time"  # ends the name of a profile's event that is a node's
 
@@ -248,7 +249,10 @@ def _options(threads: int, optimize: bool) -> onnxruntime.SessionOptions:
     options.log_severity_level = 4  # errors arrive as exceptions; one bad request must not write to the log as well
     # Weights outside the graph are refused: they would be read from the working directory, and nobody verified them.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # an idle session costs no core
+    # Between two layers a thread that waits spins for a moment, as to wake it takes longer; between two runs it sleeps.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     # Exact products for int8, which would saturate. Elsewhere they are exact anyway, and this would double their time.
     options.add_session_config_entry("session.x64quantprecision", str(int(products_saturate())))
     if not optimize:

@@ -14,7 +14,7 @@ from serve import wire
 from serve.admission import Admission, Hold
 from serve.envelope import Raws, parse_request, parser
 from serve.health import Health
-from serve.inference import Inference, Outcome
+from serve.inference import Inference, Outcome, StepAside
 from serve.inputs import shared_bytes
 from serve.service import Metadata, Service
 
@@ -76,8 +76,16 @@ class Answering:
     unary: Mapping[str, Callable[[Any, bytes | None], None]]
     streaming: Mapping[str, Callable[[Any], None]]
 
-    def __init__(self, service: Service, admission: Admission, health: Health) -> None:
-        self._service, self._admission, self._health = service, admission, health
+    def __init__(self, service: Service, admission: Admission, health: Health, step_aside: StepAside) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            service: that answers.
+            admission: that lets requests in.
+            health: what is said of models.
+            step_aside: for a thread that hands over calls, to be asked before it runs a model that takes long.
+        """
+        self._service, self._admission, self._health, self._step_aside = service, admission, health, step_aside
         self._blocking = ThreadPoolExecutor(2, "blocking")  # its threads start with the first call
         self._reflection = reflection.ReflectionServicer(wire.REFLECTED)
         prefix = f"/{wire.SERVICE.full_name}/"
@@ -120,7 +128,7 @@ class Answering:
                 assert work.response is not None
                 call.finish(work.response.SerializeToString(), sent=work.release)
 
-        work = Work(self._service, self._admission, answered)
+        work = Work(self._service, self._admission, answered, self._step_aside)
         work.start(parse_request(data), len(data), call.metadata, call.deadline)
         if not work.ended:
             call.watch(work.cancel)
@@ -171,18 +179,21 @@ class Work:
         ended: whether there is one of them.
     """
 
-    def __init__(self, service: Service, admission: Admission, answered: Callable[["Work"], None]) -> None:
+    def __init__(
+        self, service: Service, admission: Admission, answered: Callable[["Work"], None], step_aside: StepAside
+    ) -> None:
         """Nothing yet.
 
         Args:
             service: that answers.
             admission: that lets requests in.
             answered: called once, from any thread, also by `start`.
+            step_aside: see Answering.
         """
         self.response: pb.ModelInferResponse | None = None
         self.error: Exception | None = None
         self.ended = False
-        self._service, self._admission, self._answered = service, admission, answered
+        self._service, self._admission, self._answered, self._step_aside = service, admission, answered, step_aside
         self._inference: Inference | None = None
         self._outcome: Outcome | None = None
         self._hold: Hold | None = None
@@ -203,7 +214,9 @@ class Work:
         try:
             size += shared_bytes(request)
             self._hold = self._admission.request(size)
-            self._inference = self._service.begin(request, metadata, self._done, deadline, raws=raws, size=size)
+            self._inference = self._service.begin(
+                request, metadata, self._done, deadline, raws=raws, size=size, step_aside=self._step_aside
+            )
         except Exception as error:
             self._end(None, error)
         else:
@@ -271,7 +284,7 @@ class _Inferences:
                 self._reading = self._more = False
                 self._advance()
             return
-        work = Work(self._service, self._admission, self._answered)
+        work = Work(self._service, self._admission, self._answered, _stay)
         with self._lock:
             self._works.append((parsed[0].id, work))
         work.start(parsed, len(data), self._stream.metadata, None)
@@ -321,6 +334,11 @@ class _Inferences:
         self._ended()
         for work in left:
             work.cancel()
+
+
+def _stay() -> bool:
+    """Another thread is to run it: the next request of the stream is read when this thread is done with this one."""
+    return False
 
 
 def _streamed(name: str, work: Work) -> bytes:

@@ -1,7 +1,7 @@
 """One batch, from its inputs to its outcomes: decode each request, run all together, encode each answer."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,9 @@ from serve.statistics import Statistics
 log = structlog.get_logger()
 
 Outcome = Mapping[str, np.ndarray] | Exception
+
+
+Run = Callable[[Sequence[Any], int | None], Sequence[Any]]
 
 
 class Runs(Protocol):
@@ -33,6 +36,9 @@ class Runs(Protocol):
     def encode(self, result: Any) -> Mapping[str, np.ndarray]:
         """The outputs of one request."""
 
+    def beside(self) -> Run | None:
+        """As `run`, but with one thread; None while that cannot be had. Asked for only where the policy splits."""
+
 
 @dataclass(slots=True)
 class _Request:
@@ -42,14 +48,15 @@ class _Request:
 
 
 def run_batch(
-    model: Runs, jobs: Sequence[Job], sizes: Sequence[int], statistics: Statistics
+    model: Runs, run: Run, jobs: Sequence[Job], sizes: Sequence[int], statistics: Statistics
 ) -> Iterator[tuple[Job, Outcome]]:
     """Each job once, with its outputs or with what went wrong, as soon as that is known.
 
     A run that fails with several requests is repeated with each alone, so that nobody fails for a neighbour.
 
     Args:
-        model: what to run.
+        model: whose they are.
+        run: its own, or beside.
         jobs: of one key.
         sizes: rows to pad to, ascending.
         statistics: counts those that succeed, before they are yielded; the others are left to the caller.
@@ -63,10 +70,10 @@ def run_batch(
             yield job, error
         else:
             requests.append(_Request(job, decoded, time.perf_counter_ns() - start))
-    yield from _run(model, requests, sizes, statistics)
+    yield from _run(model, run, requests, sizes, statistics)
 
 
-def run_alone(model: Runs, job: Job, sizes: Sequence[int], statistics: Statistics) -> Outcome:
+def run_alone(model: Runs, run: Run, job: Job, sizes: Sequence[int], statistics: Statistics) -> Outcome:
     """As `run_batch` of one job, in a third of the time."""
     times, begin = job.times, time.perf_counter_ns()
     try:
@@ -75,7 +82,7 @@ def run_alone(model: Runs, job: Job, sizes: Sequence[int], statistics: Statistic
             raise _late()
         size = next((size for size in sizes if size >= job.rows), None) if sizes and job.key is not None else None
         start = time.perf_counter_ns()
-        results = model.run([decoded], size)
+        results = run([decoded], size)
         assert len(results) == 1, f"{len(results)} results for 1 requests"
         ran = time.perf_counter_ns()
         outputs = model.encode(results[0])
@@ -98,7 +105,7 @@ def _late() -> DeadlineExceeded:
 
 
 def _run(
-    model: Runs, requests: Sequence[_Request], sizes: Sequence[int], statistics: Statistics
+    model: Runs, run: Run, requests: Sequence[_Request], sizes: Sequence[int], statistics: Statistics
 ) -> Iterator[tuple[Job, Outcome]]:
     now = time.monotonic()
     in_time = []
@@ -111,7 +118,7 @@ def _run(
         return
     start = time.perf_counter_ns()
     try:
-        results = model.run([request.decoded for request in in_time], _size(in_time, sizes))
+        results = run([request.decoded for request in in_time], _size(in_time, sizes))
         assert len(results) == len(in_time), f"{len(results)} results for {len(in_time)} requests"
     except Exception as error:
         if len(in_time) == 1:
@@ -122,7 +129,7 @@ def _run(
         yield from _encode(model, in_time, results, start, statistics)
         return
     for request in in_time:
-        yield from _run(model, [request], sizes, statistics)
+        yield from _run(model, run, [request], sizes, statistics)
 
 
 def _size(requests: Sequence[_Request], sizes: Sequence[int]) -> int | None:

@@ -1,5 +1,8 @@
 """gRPC on grpcio's own completion queue: one thread takes every event, so that no call waits for another thread.
 
+Two threads take turns in that. The one that has taken a request runs the model at once, if it is free; where that takes
+long, it lets the other one take the events meanwhile (D. C. Schmidt et al., Leader/Followers, PLoP 2000).
+
 grpcio's own server is written on this interface, but it is not public: `missing` says what of it is not there.
 """
 
@@ -216,9 +219,10 @@ class Transport:
         """
         self._tokens = tokens
         self._health = Health()
-        self._answering = Answering(service, admission, self._health)
+        self._answering = Answering(service, admission, self._health, self._step_aside)
         self._open: set[Call] = set()
         self._shut = False
+        self._look_at = 0.0
         self._ended = threading.Event()
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(wire.options(config), False)
@@ -226,8 +230,12 @@ class Transport:
         self.port = self._bind(address, credentials)
         self._server.start(backup_queue=False)
         self._request()
-        self._thread = threading.Thread(target=self._run, name="grpc", daemon=True)
-        self._thread.start()
+        self._lead = threading.Lock()  # of who takes the events
+        self._leader = self._followers = 0
+        self._over = False
+        self._threads = [threading.Thread(target=self._run, name=f"grpc-{i}", daemon=True) for i in range(2)]
+        for thread in self._threads:
+            thread.start()
 
     def set_health(self, name: str, ready: bool) -> None:
         """What grpc.health.v1 says of a model; of the whole server by the name ""."""
@@ -242,7 +250,8 @@ class Transport:
         self._server.shutdown(self._queue, self._stopped)
         if not self._ended.wait(grace_s):
             self._server.cancel_all_calls()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self._server.destroy()
         self._answering.close()
 
@@ -261,17 +270,34 @@ class Transport:
             return
 
     def _run(self) -> None:
-        look_at = time.monotonic()
-        while not self._turn():
-            if time.monotonic() >= look_at:
-                look_at = time.monotonic() + _TURN_S
-                self._refuse_late()
-            if self._shut and not self._open:
-                self._shut = False
-                self._queue.shutdown()  # from here on no batch may begin; those that have begun still end
+        me = threading.get_ident()
+        while not self._over:
+            self._followers += 1
+            self._lead.acquire()
+            self._followers -= 1
+            self._leader = me
+            while self._leader == me and not self._over:
+                self._over = self._turn()
+            if self._leader == me:
+                self._leader = 0
+                self._lead.release()
+
+    def _step_aside(self) -> bool:
+        """Let the other thread take the events from now on; False: it is not there, or this thread does not."""
+        if self._leader != threading.get_ident() or not self._followers:
+            return False
+        self._leader = 0
+        self._lead.release()
+        return True
 
     def _turn(self) -> bool:
         """One event, which is let go with this frame; whether it was the last."""
+        if time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + _TURN_S
+            self._refuse_late()
+        if self._shut and not self._open:
+            self._shut = False
+            self._queue.shutdown()  # from here on no batch may begin; those that have begun still end
         event = self._queue.poll(time.time() + _TURN_S)
         if event.completion_type == cygrpc.CompletionType.queue_timeout:
             return False

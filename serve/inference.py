@@ -17,6 +17,7 @@ from serve.repository import Served
 from serve.shared_memory import Regions
 
 Outcome = Mapping[str, np.ndarray] | Exception
+StepAside = Callable[[], bool]
 
 
 class Inference:
@@ -37,6 +38,7 @@ class Inference:
         *,
         raws: Raws | None = None,
         size: int = 0,
+        step_aside: StepAside | None = None,
     ) -> None:
         """Read what does not depend on the model.
 
@@ -46,13 +48,15 @@ class Inference:
             done: called once, from any thread, with what `answer` takes.
             deadline: time.monotonic() when nobody waits for the answer any more.
             raws: its raw_input_contents, where they were taken out of it.
-            size: bytes of the request, which may then run in the caller's thread if it is likely to be short; 0: not.
+            size: bytes of the request; 0: nobody knows.
+            step_aside: lets the caller's thread run a model, which takes no time from others once this has returned
+                True. It is not asked when the run is likely to be short. None: another thread runs it in any case.
 
         Raises:
             BadInput, NotSupported: the request's parameters.
         """
         self._request, self._regions, self._done, self._deadline = request, regions, done, deadline
-        self._raws, self._size = raws, size
+        self._raws, self._size, self._step_aside = raws, size, step_aside
         self._options = read_request(request.parameters)
         self._wanted: list[Wanted] = []
         self.served: Served | None = None
@@ -86,9 +90,8 @@ class Inference:
             deadline=self._deadline,
             size=self._size,
         )
-        scheduler = served.scheduler
-        if not (self._size and scheduler.is_short(self.job) and scheduler.try_inline(self.job)):
-            scheduler.submit(self.job)
+        if not (self._step_aside and served.scheduler.try_inline(self.job, self._step_aside)):
+            served.scheduler.submit(self.job)
 
     def answer(self, outcome: Outcome) -> pb.ModelInferResponse:
         """What `done` was given, as the response.

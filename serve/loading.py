@@ -1,7 +1,9 @@
 """A place on the disk -> models that can be called: verified, held to their gate and their config.pbtxt, warm."""
 
+import hashlib
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import structlog
@@ -16,16 +18,18 @@ from bundle.errors import (
     ModelError,
     SelfTestFailed,
 )
-from bundle.model import load_model
+from bundle.model import load_model, start_variant
 from bundle.session import Session
+from bundle.store import open_bundle
 from bundle.tensor import NUMPY_TYPES, TensorSpec
 from protos import inference_pb2 as pb
 from serve.config import ServeConfig
 from serve.errors import ConfigRefused, GateNotPassed, StartError, forget_frames
 from serve.layout import Place
 from serve.models import ServedModel, bare_graph, check_gate, default_policy, plain_graph, served_bundle
-from serve.pbtxt import choose_device, choose_threads, complete, queue_policy, read_labels
+from serve.pbtxt import THREADS, choose_device, choose_threads, complete, queue_policy, read_labels
 from serve.scheduler import Scheduler
+from serve.spare import Spare
 from serve.statistics import Statistics
 
 log = structlog.get_logger()
@@ -149,7 +153,15 @@ def _load_bundle(place: Place, config: ServeConfig) -> tuple[ServedModel, ...]:
         )
     session = model.session
     policy = default_policy(config, joins=model.variant.batch_invariant, device=session.device, threads=session.threads)
-    return served_bundle(model, place.path, policy), bare_graph(model, place.path, policy)
+    spare = Spare(place.name, partial(_second, place, model.variant.name)) if policy.splits else None
+    return served_bundle(model, place.path, policy, spare), bare_graph(model, place.path, policy, spare)
+
+
+def _second(place: Place, name: str) -> Session:
+    """The graph of a variant once more, with one thread, held to the golden examples."""
+    bundle = open_bundle(place.path)
+    (variant,) = (one for one in bundle.manifest.variants if one.name == name)
+    return start_variant(bundle, variant, threads=1).session
 
 
 def _load_graph(place: Place, config: ServeConfig) -> ServedModel:
@@ -170,8 +182,10 @@ def _load_graph(place: Place, config: ServeConfig) -> ServedModel:
         raise ConfigRefused("config.pbtxt has an instance_group of KIND_GPU; no GPU can be used here.") from error
     except (OSError, ModelError) as error:
         raise ModelError(f"{place.path} cannot be served: {error}") from error
-    policy = default_policy(config, joins=False, device=session.device, threads=session.threads)
-    model = plain_graph(session, place.name, place.version, place.path, policy)
+    fixed = bool(said.instance_group) or THREADS in said.parameters
+    policy = default_policy(config, joins=False, device=session.device, threads=session.threads, fixed=fixed)
+    spare = Spare(place.name, partial(_again, place, hashlib.sha256(graph).digest())) if policy.splits else None
+    model = plain_graph(session, place.name, place.version, place.path, policy, spare)
     if place.config is None:
         return model
     inputs, outputs = complete(said, session.inputs, session.outputs, session.optional)
@@ -186,6 +200,14 @@ def _load_graph(place: Place, config: ServeConfig) -> ServedModel:
         policy=queue_policy(said, policy),
         config=said,
     )
+
+
+def _again(place: Place, digest: bytes) -> Session:
+    """A plain graph once more, with one thread."""
+    graph = place.path.read_bytes()
+    if hashlib.sha256(graph).digest() != digest:
+        raise ModelError(f"{place.path} is not the file any more that is served.")
+    return Session(graph, device="cpu", threads=1)
 
 
 def warm_up(model: ServedModel) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,15 +17,21 @@ from bundle.outputs import answer_specs, answers, prefix
 from bundle.session import Session
 from bundle.tensor import NUMPY_TYPES, TensorSpec
 from protos import inference_pb2 as pb
+from serve.batch import Run
 from serve.config import ServeConfig
 from serve.errors import GateNotPassed
 from serve.queue import Policy
+from serve.spare import Spare
 
 MAX_BATCH = 1024  # rows of one request to a bundle or to its bare graph
 
 ALONE = Policy()  # one run at a time, of one request
 
 Arrays = Mapping[str, np.ndarray]
+
+
+def _nothing() -> None:
+    """There is no second session."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +57,7 @@ class ServedModel:
         decode: arrays of one request -> what `run` takes; raises BadInput.
         run: several decoded requests, padded to a number of rows or as they are -> a result for each.
         encode: one result -> outputs by name, BYTES as objects that are bytes or str.
+        beside: gives what runs with one thread, if there is that.
     """
 
     name: str
@@ -68,8 +76,9 @@ class ServedModel:
     facts: Mapping[str, str]
     config: pb.ModelConfig | None = None
     decode: Callable[[Arrays], Any] = field(repr=False)
-    run: Callable[[Sequence[Any], int | None], Sequence[Any]] = field(repr=False)
+    run: Run = field(repr=False)
     encode: Callable[[Any], dict[str, np.ndarray]] = field(repr=False)
+    beside: Callable[[], Run | None] = field(default=_nothing, repr=False)
 
     def rows(self, arrays: Arrays) -> int:
         """Of one request; 1 where no axis is known to be the batch.
@@ -96,28 +105,35 @@ class ServedModel:
         return tuple(sorted((name, array.shape[1:]) for name, array in arrays.items()))
 
 
-def default_policy(config: ServeConfig, *, joins: bool, device: str, threads: int) -> Policy:
+def default_policy(config: ServeConfig, *, joins: bool, device: str, threads: int, fixed: bool = False) -> Policy:
     """How requests wait and are joined, where no config.pbtxt says it.
+
+    Where a run takes more than half of the cores, a request without company has all its threads, and others run with
+    one each, unless a number of either was asked for.
 
     Args:
         config: of the server.
         joins: whether joining changes no answer; where it may, it is done only when the config asks for it.
         device: that the model runs on; of a GPU every run takes all.
         threads: of one run on the CPU.
+        fixed: somebody has said how many threads or instances there are to be.
     """
     most = (MAX_ROWS if joins else 1) if config.max_batch is None else config.max_batch
-    at_once = max(1, cpu_count() // threads) if device == "cpu" else 1
+    cores = cpu_count() if device == "cpu" else 1
+    at_once = max(1, cores // threads)
+    splits = not fixed and config.instances is None and config.threads is None and at_once == 1 < cores
     return Policy(
         max_batch=most,
         max_delay_s=config.max_delay_ms / 1e3,
         sizes=tuple(sorted(config.batch_sizes)),
         max_queue=config.max_queue,
-        instances=config.instances or at_once,
+        instances=cores if splits else config.instances or at_once,
+        splits=splits,
     )
 
 
-def served_bundle(model: Model, source: Path, policy: Policy = ALONE) -> ServedModel:
-    """Raw examples in, answers out."""
+def served_bundle(model: Model, source: Path, policy: Policy = ALONE, spare: Spare | None = None) -> ServedModel:
+    """Raw examples in, answers out; `spare` is a session of the same graph."""
     manifest = model.manifest
     inputs = preprocess.wire_inputs(manifest.input)
     where = " and ".join(repr(spec.name) for spec in inputs)
@@ -129,13 +145,13 @@ def served_bundle(model: Model, source: Path, policy: Policy = ALONE) -> ServedM
         except BadInput as error:
             raise BadInput(f"input {where}, {error}") from error
 
-    def run(requests: Sequence[list[np.ndarray]], size: int | None) -> list[dict[str, np.ndarray]]:
+    def run_on(session: Session, requests: Sequence[list[np.ndarray]], size: int | None) -> list[dict[str, np.ndarray]]:
         rows = [row for request in requests for row in request]
         if not rows:
             return [model.logits(rows) for _ in requests]
         rows += rows[-1:] * ((size or 0) - len(rows))
         invariant = model.variant.batch_invariant or joined
-        logits = predict_logits(model.session, manifest.input, rows, batch_invariant=invariant)
+        logits = predict_logits(session, manifest.input, rows, batch_invariant=invariant)
         return _parted(logits, [len(request) for request in requests])
 
     return ServedModel(
@@ -153,12 +169,13 @@ def served_bundle(model: Model, source: Path, policy: Policy = ALONE) -> ServedM
         policy=policy,
         facts=_facts(model),
         decode=decode,
-        run=run,
+        run=partial(run_on, model.session),
         encode=lambda logits: answers(manifest.tasks, logits),
+        beside=_beside(run_on, spare),
     )
 
 
-def bare_graph(model: Model, source: Path, policy: Policy = ALONE) -> ServedModel:
+def bare_graph(model: Model, source: Path, policy: Policy = ALONE, spare: Spare | None = None) -> ServedModel:
     """The bundle's graph without its preprocessing: tensors in, logits out."""
     return ServedModel(
         name=f"{model.manifest.name}.onnx",
@@ -167,11 +184,13 @@ def bare_graph(model: Model, source: Path, policy: Policy = ALONE) -> ServedMode
         joins=model.variant.batch_invariant,
         max_batch=MAX_BATCH,
         facts=_facts(model),
-        **_graph(model.session, source, policy),
+        **_graph(model.session, source, policy, spare),
     )
 
 
-def plain_graph(session: Session, name: str, version: int, source: Path, policy: Policy = ALONE) -> ServedModel:
+def plain_graph(
+    session: Session, name: str, version: int, source: Path, policy: Policy = ALONE, spare: Spare | None = None
+) -> ServedModel:
     """A graph that no gate has seen, as it is, and with no axis that is known to be the batch."""
     return ServedModel(
         name=name,
@@ -179,11 +198,19 @@ def plain_graph(session: Session, name: str, version: int, source: Path, policy:
         joins=False,
         max_batch=0,
         facts={"gate": "ungated"},
-        **_graph(session, source, policy),
+        **_graph(session, source, policy, spare),
     )
 
 
-def _graph(session: Session, source: Path, policy: Policy) -> dict[str, Any]:
+def _beside(run_on: Callable[..., Sequence[Any]], spare: Spare | None) -> Callable[[], Run | None]:
+    def beside() -> Run | None:
+        session = spare.get() if spare else None
+        return partial(run_on, session) if session else None
+
+    return beside
+
+
+def _graph(session: Session, source: Path, policy: Policy, spare: Spare | None) -> dict[str, Any]:
     """What every ServedModel that takes tensors has in common."""
     inputs = (*session.inputs, *session.optional)
     text = [spec.name for spec in inputs if spec.datatype == "BYTES"]
@@ -191,7 +218,7 @@ def _graph(session: Session, source: Path, policy: Policy) -> dict[str, Any]:
     def decode(arrays: Arrays) -> Arrays:
         return {**arrays, **{key: _decoded(arrays[key], key) for key in text if key in arrays}}
 
-    def run(requests: Sequence[Arrays], size: int | None) -> Sequence[dict[str, np.ndarray]]:
+    def run_on(session: Session, requests: Sequence[Arrays], size: int | None) -> Sequence[dict[str, np.ndarray]]:
         if len(requests) == 1 and size is None:
             return [session.run(requests[0])]
         counts = [len(next(iter(request.values()))) for request in requests]
@@ -215,8 +242,9 @@ def _graph(session: Session, source: Path, policy: Policy) -> dict[str, Any]:
         "outputs": session.outputs,
         "policy": policy,
         "decode": decode,
-        "run": run,
+        "run": partial(run_on, session),
         "encode": encode,
+        "beside": _beside(run_on, spare),
     }
 
 

@@ -32,6 +32,9 @@ class Policy:
     """Requests that wait, beyond those that free instances are about to take; with levels, on each level."""
     instances: int = 1
     """Runs at the same time."""
+    splits: bool = False
+    """A request that comes while there is no other runs with all threads, and takes all instances; others run with one
+    thread each, side by side."""
     levels: int = 0
     """Of priority, 1 the highest; 0: all requests are equal, whatever they ask for."""
     default_level: int = 0
@@ -97,6 +100,7 @@ class Job:
     """For the caller."""
     times: Times = field(default_factory=Times)
 
+    alone: bool = field(default=False, init=False)  # there was no other when it came
     waits: bool = field(default=False, init=False)
     rank: tuple[int, bool, int] = field(default=(0, False, 0), init=False)  # level, whether it timed out, number
     expires: float = field(default=math.inf, init=False)  # the next of its timeout and its deadline

@@ -9,11 +9,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import structlog
 
 from bundle.errors import BadInput
-from serve.batch import Outcome, Runs, run_alone, run_batch
+from serve.batch import Outcome, Run, Runs, run_alone, run_batch
 from serve.errors import Cancelled, Closed, DeadlineExceeded, QueueFull, TimedOut
 from serve.pace import Pace
 from serve.queue import Job, Policy, Queue, Times
@@ -34,6 +35,12 @@ _REASONS: dict[type[Exception], Reason] = {
 }
 
 
+class _Turn(NamedTuple):
+    batch: Sequence[Job]
+    run: Run
+    taken: int  # instances
+
+
 class Scheduler:
     """The queue of one version of a model, and the threads that run what is in it.
 
@@ -52,7 +59,7 @@ class Scheduler:
         self._ended = threading.Condition(self._lock)  # no job is left
         self._started = False
         self._closed = False
-        self._busy = 0  # runs
+        self._busy = 0  # instances
         self._open = 0  # jobs whose `done` has not returned
         self._wakes = -math.inf  # when the watcher wakes by itself; -inf: it is awake, and will look at all jobs
         self._order: deque[Job] = deque()  # with preserve_order: the jobs whose `done` has not been called
@@ -85,6 +92,7 @@ class Scheduler:
                 if self._closed:
                     raise self._closing()
                 self._start()
+                job.alone = not (self._busy or self._queue)
                 self._queue.add(job, level, self._policy.instances - self._busy)
                 self._expect(job)
                 if self._busy < self._policy.instances:
@@ -95,12 +103,13 @@ class Scheduler:
             self._statistics.failed("rejected", 0)
             raise
 
-    def is_short(self, job: Job) -> bool:
-        """Whether a job is likely to run for less time than it costs to hand it to another thread."""
-        return self._pace.expect_ns(job.size) < HAND_OVER_NS
-
-    def try_inline(self, job: Job) -> bool:
+    def try_inline(self, job: Job, step_aside: Callable[[], bool]) -> bool:
         """Run a job in this thread, when nothing waits and an instance is free; else do nothing.
+
+        Args:
+            job: that was not submitted.
+            step_aside: asked first, unless the run is likely to take less time than to hand it to another thread;
+                with False it is not run.
 
         Returns:
             Whether it was run. `done` was called then; with preserve_order it is called after those that came before.
@@ -110,12 +119,16 @@ class Scheduler:
         """
         job.times.queued = job.times.started = time.perf_counter_ns()
         self._level(job)
+        short = self._pace.expect_ns(job.size) < HAND_OVER_NS
         with self._lock:
             if self._closed or self._queue or self._busy >= self._policy.instances or self._queue.joins(job):
                 return False
+            if not (short or step_aside()):
+                return False
+            job.alone = not self._busy
+            turn = self._turn([job])
             self._expect(job)
-            self._busy += 1
-        self._execute([job])
+        self._execute(turn)
         return True
 
     def cancel(self, job: Job) -> None:
@@ -186,43 +199,56 @@ class Scheduler:
     def _run(self) -> bool:
         """Wait for a batch and run it; False when there will be none, as it is closed and nothing waits."""
         with self._lock:
-            batch, wait_s = self._ready()
-            while not batch:
+            turn, wait_s = self._ready()
+            while not turn:
                 if self._closed and not self._queue:
                     return False
                 self._work.wait(wait_s)
-                batch, wait_s = self._ready()
-        self._execute(batch)
+                turn, wait_s = self._ready()
+        self._execute(turn)
         return True
 
-    def _ready(self) -> tuple[list[Job], float | None]:
+    def _ready(self) -> tuple[_Turn | None, float | None]:
         """What is to run now, taken out; or nothing, and how long to wait unless something changes."""
         if not self._queue or self._busy >= self._policy.instances:
-            return [], None
+            return None, None
         batch = self._queue.batch()
         wait_s = 0.0 if self._closed else self._queue.delay_s(batch)
         if wait_s > 0:
-            return [], wait_s
+            return None, wait_s
         now = time.perf_counter_ns()
         for job in batch:
             self._queue.remove(job)
             job.times.started = now
-        self._busy += 1
+        turn = self._turn(batch)
         if self._queue:
             self._work.notify()  # another runner may be free for what is left
-        return batch, None
+        return turn, None
 
-    def _execute(self, batch: Sequence[Job]) -> None:
-        if len(batch) == 1:
-            (job,) = batch
-            self._finish(job, run_alone(self._model, job, self._policy.sizes, self._statistics))
-            if job.times.ran:
-                self._pace.saw(job.size, job.times.ended - job.times.started)
-        else:
-            for job, outcome in run_batch(self._model, batch, self._policy.sizes, self._statistics):
+    def _turn(self, batch: Sequence[Job]) -> _Turn:
+        """What was taken out of the queue, and the instances that it takes from now on."""
+        alone = batch[0].alone and not (self._busy or self._queue)
+        beside = self._model.beside() if self._policy.splits and not alone else None
+        taken = self._policy.instances if self._policy.splits and not beside else 1
+        self._busy += taken
+        return _Turn(batch, beside or self._model.run, taken)
+
+    def _execute(self, turn: _Turn) -> None:
+        if len(turn.batch) > 1:
+            for job, outcome in run_batch(self._model, turn.run, turn.batch, self._policy.sizes, self._statistics):
                 self._finish(job, outcome)
+            self._leave(turn)
+            return
+        (job,) = turn.batch
+        outcome = run_alone(self._model, turn.run, job, self._policy.sizes, self._statistics)
+        if job.times.ran:
+            self._pace.saw(job.size, job.times.ended - job.times.started)
+        self._leave(turn)  # who is told may ask again at once, and then has no company
+        self._finish(job, outcome)
+
+    def _leave(self, turn: _Turn) -> None:
         with self._lock:
-            self._busy -= 1
+            self._busy -= turn.taken
             if self._queue:
                 self._work.notify()
 

@@ -31,7 +31,7 @@ from serve.errors import (
     UnknownModel,
     forget_frames,
 )
-from serve.inference import Inference, Outcome
+from serve.inference import Inference, Outcome, StepAside
 from serve.repository import Repository
 from serve.shared_memory import Regions
 from serve.statistics import as_message
@@ -262,6 +262,7 @@ class Service:
         *,
         raws: Raws | None = None,
         size: int = 0,
+        step_aside: StepAside | None = None,
     ) -> Inference:
         """As `call`, for those who cannot wait within a block: what was begun is to be ended once.
 
@@ -271,12 +272,13 @@ class Service:
             done: may be called before this returns.
             deadline: time.monotonic().
             raws: its raw_input_contents, where they were taken out of it.
-            size: bytes of the request, which may then run in this thread if it is likely to be short; 0: not.
+            size: bytes of the request; 0: nobody knows.
+            step_aside: see Inference.
 
         Raises:
             EdgewardError: see `call`; then nothing was begun.
         """
-        inference = Inference(request, self._regions, done, deadline, raws=raws, size=size)
+        inference = Inference(request, self._regions, done, deadline, raws=raws, size=size, step_aside=step_aside)
         if self._tracer:
             inference.trace = self._tracer.begin(metadata)
         self._enter()

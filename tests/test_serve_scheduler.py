@@ -347,7 +347,7 @@ def test_expired_work_never_reaches_the_model(schedule):
     model = Doubler()
     scheduler = schedule(model)
     inline = Asked(1, deadline=time.monotonic())
-    assert scheduler.try_inline(inline.job)
+    assert scheduler.try_inline(inline.job, lambda: True)
     queued = Asked(2, deadline=time.monotonic()).by(scheduler)
 
     for each in (inline, queued):
@@ -539,7 +539,7 @@ def test_closing_runs_what_waits(busy):
     assert closing.result(PATIENCE_S)
     with pytest.raises(Closed):
         Asked(2).by(scheduler)
-    assert not scheduler.try_inline(Asked(2).job)
+    assert not scheduler.try_inline(Asked(2).job, lambda: True)
     for each in [thread, *threads]:
         each.join(PATIENCE_S)
         assert not each.is_alive()
@@ -565,7 +565,7 @@ def test_closing_ends_threads_beside_an_inline_run(schedule):
     """A thread that waits for the inline run to end is not left behind."""
     model = Doubler(blocked=True)
     scheduler = schedule(model)
-    inline = threading.Thread(target=scheduler.try_inline, args=(Asked(1).job,))
+    inline = threading.Thread(target=scheduler.try_inline, args=(Asked(1).job, lambda: True))
     inline.start()
     model.await_run()
     before = set(threading.enumerate())
@@ -616,7 +616,7 @@ def test_inline_runs_in_the_callers_thread(schedule):
     scheduler = schedule(model, max_batch=4)
     asked = Asked(1)
 
-    assert scheduler.try_inline(asked.job)
+    assert scheduler.try_inline(asked.job, lambda: True)
 
     assert asked.outcome.done()
     assert model.threads == [threading.current_thread()]
@@ -628,18 +628,95 @@ def test_inline_refuses_unless_the_model_is_idle(busy, schedule):
     _, taken = busy()
     delaying = schedule(Doubler(), max_batch=4, max_delay_s=10_000)
 
-    assert not taken.try_inline(Asked(1).job)
-    assert not delaying.try_inline(Asked(1).job)
-    assert delaying.try_inline(Asked(1, key=None).job)
+    assert not taken.try_inline(Asked(1).job, lambda: True)
+    assert not delaying.try_inline(Asked(1).job, lambda: True)
+    assert delaying.try_inline(Asked(1, key=None).job, lambda: True)
     Asked(1).by(delaying)
-    assert not delaying.try_inline(Asked(1, key=None).job)
+    assert not delaying.try_inline(Asked(1, key=None).job, lambda: True)
+
+
+def test_a_long_inline_run_asks_its_thread_to_step_aside(schedule):
+    """Nobody knows how long the first takes: its thread is asked, and where it cannot, the job is left untouched."""
+    model = Doubler()
+    scheduler = schedule(model)
+
+    assert not scheduler.try_inline(Asked(1).job, lambda: False)
+
+    assert (model.runs, scheduler.running) == ([], 0)
+    for _ in range(16):
+        assert scheduler.try_inline(Asked(1).job, lambda: True)
+    assert scheduler.try_inline(Asked(1).job, lambda: pytest.fail("it is known to be short"))
+
+
+class Pair(Doubler):
+    """With a second way to run, which is there from the second time that it is asked for."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.asked = 0
+        self.beside_runs = []
+
+    def beside(self):
+        self.asked += 1
+        return self._run_beside if self.asked > 1 else None
+
+    def _run_beside(self, decoded, size):
+        self.beside_runs.append(list(decoded))
+        return self.run(decoded, size)
+
+
+def test_a_request_without_company_takes_all_instances(schedule):
+    """One after the other they run with all threads, and the second way is never asked for."""
+    model = Pair()
+    scheduler = schedule(model, instances=2, splits=True)
+
+    for value in range(4):
+        assert Asked(value).by(scheduler).answer() == 2 * value
+
+    assert (model.asked, model.beside_runs) == (0, [])
+
+
+def test_requests_with_company_run_side_by_side(schedule):
+    """One that comes while another runs waits for it; from then on two run at once, one thread each."""
+    model = Pair(blocked=True)
+    model.asked = 1
+    scheduler = schedule(model, instances=2, splits=True)
+    first = Asked(0, key=None).by(scheduler)
+    model.await_run()
+    others = [Asked(value, key=None).by(scheduler) for value in (1, 2, 3)]
+
+    assert (scheduler.running, scheduler.pending) == (1, 3)
+    model.let_go()
+    model.blocked = True
+    for _ in others[:2]:
+        model.await_run()
+    model.let_go()
+
+    assert [each.answer() for each in (first, *others)] == [0, 2, 4, 6]
+    assert sorted(model.beside_runs) == [[1], [2], [3]]
+
+
+def test_while_there_is_no_second_way_runs_take_turns(schedule):
+    """All threads, one run at a time; then side by side."""
+    model = Pair(blocked=True)
+    scheduler = schedule(model, instances=2, splits=True)
+    asked = [Asked(0, key=None).by(scheduler)]
+    model.await_run()
+    asked += [Asked(value, key=None).by(scheduler) for value in (1, 2)]
+    model._gate.release()
+    model.await_run()
+
+    assert (scheduler.running, scheduler.pending, model.beside_runs) == (1, 1, [])
+    model.let_go()
+    assert [each.answer() for each in asked] == [0, 2, 4]
+    assert model.beside_runs == [[2]]
 
 
 def test_an_inline_run_takes_an_instance(schedule):
     """Meanwhile a queued job waits, and it runs as soon as the inline run has ended."""
     model = Doubler(blocked=True)
     scheduler = schedule(model)
-    thread = threading.Thread(target=scheduler.try_inline, args=(Asked(1).job,))
+    thread = threading.Thread(target=scheduler.try_inline, args=(Asked(1).job, lambda: True))
     thread.start()
     model.await_run()
     asked = Asked(2).by(scheduler)
@@ -707,7 +784,7 @@ class Sender:
             assert self._slots.acquire(timeout=PATIENCE_S)
             job = self._job(number)
             try:
-                if not (self._chance.random() < 0.1 and self._scheduler.try_inline(job)):
+                if not (self._chance.random() < 0.1 and self._scheduler.try_inline(job, lambda: True)):
                     self._scheduler.submit(job)
                 self.taken.append(number)
             except (QueueFull, BadInput, Closed) as error:

@@ -1,0 +1,44 @@
+"""A second session of a model, with one thread, for runs side by side."""
+
+import threading
+from collections.abc import Callable
+
+import structlog
+
+from bundle.errors import EdgewardError
+from bundle.session import Session
+
+log = structlog.get_logger()
+
+
+class Spare:
+    """Made in the background when it is first asked for: a model whose requests never meet does without its memory."""
+
+    def __init__(self, name: str, make: Callable[[], Session]) -> None:
+        """Nothing yet.
+
+        Args:
+            name: of the model, for the log.
+            make: called once, from a thread of its own.
+        """
+        self._name, self._make = name, make
+        self._session: Session | None = None
+        self._asked = False
+        self._lock = threading.Lock()
+
+    def get(self) -> Session | None:
+        """The session, once there is one; never waits."""
+        if self._session is None and not self._asked:
+            with self._lock:
+                first, self._asked = not self._asked, True
+            if first:
+                threading.Thread(target=self._begin, name=f"spare-{self._name}", daemon=True).start()
+        return self._session
+
+    def _begin(self) -> None:
+        try:
+            self._session = self._make()
+        except (EdgewardError, OSError, MemoryError) as error:
+            log.warning("runs one at a time", model=self._name, because=str(error) or "no memory is left")
+        else:
+            log.info("runs side by side", model=self._name)
