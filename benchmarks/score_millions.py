@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="of one --only; by default it is made")
     parser.add_argument("--rows", type=int, help=f"of each task (default {ROWS})")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop then; the same command goes on from there")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()  # more: for the command, such as --processes 2
     folder = options.out.absolute()
     print(f"{cpu_name()}, {cpu_count()} cores")
     for task in options.only:
@@ -124,7 +124,7 @@ def main() -> None:
         before = NOTHING
         if out.exists() and results.exists():
             before = Scored(**json.loads(results.read_bytes()))
-        scored = run(bundle, data, out, rows, before=before, limit_s=options.seconds)
+        scored = run(bundle, data, out, rows, *more, before=before, limit_s=options.seconds)
         results.write_text(json.dumps(asdict(scored), indent=1))
         print(
             f"{task}: {scored.rows or 'not yet all'} rows, {scored.bad} bad, each once; {scored.command_s:.0f} s",
