@@ -37,10 +37,11 @@ from bundle.host import cpu_name
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "serve_peers"
-PEERS = {  # and how each is asked
+PEERS = {  # and how each is asked; after "-" stands one more argument of its script
     "edgeward": "v2",
     "naive": "v2",
     "triton": "v2",
+    "triton-2": "v2",
     "mlserver": "v2",
     "bentoml": "bentoml",
     "ray": "v2",
@@ -97,8 +98,9 @@ class Side:
 
 def make_side(name: str) -> Side:
     """With its environment."""
+    package = name.partition("-")[0]
     try:
-        return Side(name, environment(f"serve_{name}", requirements(name)))
+        return Side(name, environment(f"serve_{package}", requirements(package)))
     except subprocess.CalledProcessError as error:
         return Side(name, "", error=f"its environment could not be made: pip's exit code is {error.returncode}")
 
@@ -107,7 +109,13 @@ def command(side: Side, path: Path, port: int, threads: int) -> list[str]:
     """That starts a server."""
     if side.name == "edgeward":
         return [side.python, "-m", "edgeward", "serve", str(path), "--port", str(port)]
-    return [side.python, str(HERE / "peers" / f"serve_{side.name}.py"), str(path), str(port), str(threads)]
+    package, *more = side.name.split("-")
+    return [side.python, str(script(package)), str(path), str(port), str(threads), *more]
+
+
+def script(package: str) -> Path:
+    """That starts a peer's server."""
+    return HERE / "peers" / f"serve_{package}.py"
 
 
 @contextmanager
@@ -216,9 +224,12 @@ def table(rows: Sequence[dict[str, Any]], installed: dict[str, float]) -> str:
 
 def settings(name: str) -> str:
     """What its script tells of itself."""
-    if name == "edgeward":
+    package, *more = name.split("-")
+    if package == "edgeward":
         return "`edgeward serve MODEL.onnx`, without options."
-    return ast.get_docstring(ast.parse((HERE / "peers" / f"serve_{name}.py").read_text())) or ""
+    if more:
+        return f"The same with {more[0]} instances of one thread each."
+    return (ast.get_docstring(ast.parse(script(package).read_text())) or "").partition("\n")[0]
 
 
 def described(found: dict[str, list[dict[str, Any]]], taking_part: Sequence[Side], options: argparse.Namespace) -> str:

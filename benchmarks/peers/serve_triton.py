@@ -1,4 +1,7 @@
-"""The tritonserver of the wheel nvidia-pytriton, started directly: its Python backend, one instance, no batching."""
+"""The tritonserver of the wheel nvidia-pytriton, started directly: its Python backend, one instance, no batching.
+
+With a number as last argument so many instances, of one thread each.
+"""
 
 import json
 import os
@@ -8,7 +11,8 @@ from pathlib import Path
 
 import pytriton
 
-model, port, threads = sys.argv[1:]
+model, port, threads, *more = sys.argv[1:]
+instances = int(more[0]) if more else 1
 home = Path(pytriton.__file__).parent / "tritonserver"
 shutil.copytree(home / "backends", "backends")  # and the stub of this Python, as pytriton puts it together
 version = "{}.{}".format(*sys.version_info)
@@ -30,7 +34,7 @@ tensors = json.loads(os.environ["MODEL_TENSORS"])
 max_batch_size: 0
 input [ {tensor(*tensors["input"])} ]
 output [ {tensor(*tensors["output"])} ]
-instance_group [ {{ count: 1 kind: KIND_CPU }} ]
+instance_group [ {{ count: {instances} kind: KIND_CPU }} ]
 """
 )
 options = {
@@ -44,7 +48,7 @@ options = {
 }
 environment = os.environ | {
     "MODEL": model,
-    "MODEL_THREADS": threads,
+    "MODEL_THREADS": "1" if instances > 1 else threads,
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # where the stub looks for its environment
     "LD_LIBRARY_PATH": f"{sys.base_prefix}/lib:{home.parent.parent}/nvidia_pytriton.libs",
 }
