@@ -10,10 +10,11 @@ from bundle import outputs, preprocess
 from bundle.errors import BadInput
 from bundle.manifest import Multiclass
 from bundle.store import open_bundle
-from score import autotune, drift, page, report
+from score import answers, autotune, drift, local, page, report
 from score.config import ScoreConfig
 from score.errors import Missing
-from score.plan import prepare
+from score.folder import Folder
+from score.plan import prepare, read_plan
 from score.progress import Outcome, Process
 from score.run import score
 from score.units import Counts, InputFile, Plan, Settings, Trial
@@ -50,8 +51,8 @@ OUTCOME = Outcome(
     seconds={"read": 0.1, "preprocess": 0.5, "run": 1.5, "write": 0.2},
     bytes=1234,
     processes=(
-        Process(name="box:1", units=1, rows=500, cpu_s=1.0, peak_rss=100 << 20),
-        Process(name="box:2", units=1, rows=510, cpu_s=1.2, peak_rss=200 << 20),
+        Process(name="box:1", units=1, rows=500, wall_s=2.0, cpu_s=1.0, peak_rss=100 << 20),
+        Process(name="box:2", units=1, rows=510, wall_s=2.0, cpu_s=1.2, peak_rss=200 << 20),
     ),
 )
 SETTINGS = Settings(variant="only", processes=2, threads=1, batch=32, decoders=1, chunk=1024)
@@ -136,7 +137,7 @@ def test_labels_are_text_on_a_page(manifest):
 def test_confidence_and_labels_are_counted():
     """Each row once, in the twentieth of its highest score; a score of 1 is in the last."""
     logits = np.array([[9.0, -9], [100, 0], [0, 0], [-1, 1]], np.float32)
-    counted = drift.of_logits((COLOUR,), {"logits": logits})
+    counted = drift.of_answers((COLOUR,), answers.of_logits((COLOUR,), {"logits": logits}))
 
     assert counted["labels"] == (3, 1)
     assert counted["confidence"] == (0,) * 10 + (1,) + (0,) * 6 + (1,) + (0, 2)
@@ -148,7 +149,7 @@ def test_values_are_counted_in_standard_deviations():
     logits = {"mood.logits": np.zeros((5, 3)), "tags.logits": np.zeros((5, 2))}
     values = np.array([[-100.0], [-0.1], [0.1], [100], [np.nan]], np.float32)
 
-    counted = drift.of_logits(TASKS, logits | {"length.logits": values})["length.values"]
+    counted = drift.of_answers(TASKS, answers.of_logits(TASKS, logits | {"length.logits": values}))["length.values"]
 
     assert (counted[0], counted[9], counted[10], counted[19], sum(counted)) == (1, 1, 1, 1, 4)
 
@@ -193,7 +194,7 @@ def test_a_report_tells_of_all_rows_and_does_not_change_them(tmp_path):
     bundle = write_text_bundle(tmp_path / "mood")
     data = tmp_path / "a.jsonl"
     data.write_text('{"text": "the film is good"}\n{"text": null}\n{"text": " "}\n{"text": "zzz"}\n' * 5)
-    config = ScoreConfig(bundle, (str(data),), str(tmp_path / "out"), processes=1, threads=1, unit_rows=6)
+    config = ScoreConfig(bundle, (str(data),), out=str(tmp_path / "out"), processes=1, threads=1, unit_rows=6)
 
     result = score(config)
     written = (tmp_path / "out/_report.json").read_bytes()
@@ -209,7 +210,7 @@ def test_a_report_tells_of_all_rows_and_does_not_change_them(tmp_path):
 def prepared(tmp_path, bundle, **options):
     data = tmp_path / "a.csv"
     data.write_text("text,sepal,petal,stem\n" + "the film is good,1,2,3\n" * 300)
-    return prepare(ScoreConfig(bundle, (str(data),), str(tmp_path / "out"), unit_rows=100, **options))
+    return prepare(ScoreConfig(bundle, (str(data),), out=str(tmp_path / "out"), unit_rows=100, **options))
 
 
 @pytest.fixture
@@ -241,6 +242,29 @@ def test_trials_choose_the_settings(tmp_path, brief):
     assert not (tmp_path / "out").exists()
 
 
+def test_settings_are_written_before_the_first_unit_and_used_again(tmp_path, brief, monkeypatch):
+    """A run that is stopped at its first unit has left them, with the trials; the next one tries nothing."""
+    config, plan = prepared(tmp_path, write_text_bundle(tmp_path / "mood"), processes=1)
+    seen = []
+
+    def engine(config, given, units):
+        seen.append((read_plan(Folder(config.out)), given.settings))
+        yield from () if len(seen) == 1 else local.reports(config, given, units)
+
+    stopped = score(config, engine)
+    monkeypatch.setattr(autotune, "tune", lambda *_: pytest.fail("settings were tried out again"))
+    score(config, engine)
+
+    assert stopped.parts == 0
+    (first, begun), (second, went_on) = seen
+    assert first.trials
+    assert first.settings == begun == went_on
+    assert first == second == msgspec.structs.replace(plan, settings=begun, trials=first.trials)
+    report = json.loads((tmp_path / "out/_report.json").read_bytes())
+    assert report["settings"] == msgspec.to_builtins(begun)
+    assert report["trials"] == list(msgspec.to_builtins(first.trials))
+
+
 def test_options_that_were_given_are_kept(tmp_path, brief):
     """Where all are, nothing is tried."""
     config, plan = prepared(
@@ -250,7 +274,8 @@ def test_options_that_were_given_are_kept(tmp_path, brief):
     tuned = autotune.tune(config, plan)
 
     assert tuned.trials == ()
-    assert tuned.settings == Settings(variant="only", processes=2, threads=3, batch=7, decoders=4, chunk=autotune.CHUNK)
+    kept = {"processes": 2, "threads": 3, "batch": 7, "decoders": 4}
+    assert tuned.settings == Settings(variant="only", **kept, chunk=tuned.settings.chunk)
 
 
 def test_what_is_quickly_done_is_not_tried(tmp_path, monkeypatch):
@@ -266,7 +291,7 @@ def test_what_is_quickly_done_is_not_tried(tmp_path, monkeypatch):
 def test_answers_that_depend_on_the_batch_have_none(tmp_path, manifest):
     """A batch that is given changes nothing for them."""
     alone = msgspec.structs.replace(manifest.variants[0], batch_invariant=False)
-    config = ScoreConfig(tmp_path, (), "out", batch=32)
+    config = ScoreConfig(tmp_path, (), out="out", batch=32)
 
     assert autotune.batches(config, alone) == (1,)
     assert autotune.batches(config, manifest.variants[0]) == (32,)
@@ -286,6 +311,6 @@ def test_answers_that_depend_on_the_batch_have_none(tmp_path, manifest):
 def test_cores_are_shared_out_between_processes(tmp_path, manifest, monkeypatch, cores, units, options, expected):
     """No more processes than units, and one is always tried unless their number was given."""
     monkeypatch.setattr(autotune, "cpu_count", lambda: cores)
-    config = ScoreConfig(tmp_path, (), "out", **options)
+    config = ScoreConfig(tmp_path, (), out="out", **options)
 
     assert autotune.splits(config, manifest.variants[0], units) == expected
