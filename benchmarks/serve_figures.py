@@ -71,8 +71,20 @@ def table(figures: Sequence[Figure]) -> str:
     return "\n".join([head, *(figure.line() for figure in figures)])
 
 
-def keep(name: str, title: str, figures: Sequence[Figure]) -> None:
-    """Write benchmarks/results/NAME.md and NAME.json."""
+def keep(name: str, title: str, figures: Mapping[str, Sequence[Figure]], order: Sequence[str]) -> None:
+    """Write benchmarks/results/NAME.md and NAME.json.
+
+    Args:
+        name: of the files.
+        title: what stands above the table.
+        figures: by part; parts that were not measured now stay as they were kept before.
+        order: of the parts.
+    """
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text(f"{title}\n\n{table(figures)}\n")
-    (RESULTS / f"{name}.json").write_text(json.dumps([asdict(figure) for figure in figures], indent=1) + "\n")
+    path = RESULTS / f"{name}.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    kept = {part: [Figure(**each) for each in told] for part, told in before.items()} | dict(figures)
+    kept = {part: kept[part] for part in order if part in kept}
+    path.write_text(json.dumps({part: [asdict(each) for each in told] for part, told in kept.items()}, indent=1) + "\n")
+    everything = [figure for told in kept.values() for figure in told]
+    path.with_suffix(".md").write_text(f"{title}\n\n{table(everything)}\n")

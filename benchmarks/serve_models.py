@@ -190,7 +190,8 @@ def _make_joined(path: Path, out: Path) -> None:
 
 
 def _export(checkpoint: Path, path: Path, variant: str) -> None:
-    _edgeward("export", checkpoint, "--out", path, "--name", path.name, "--variant", variant, "--max-drop", "100")
+    options = split(f"--variant {variant} --max-drop 100 --no-cache")  # of latencies, which are measured anew
+    _edgeward("export", checkpoint, "--out", path, "--name", path.name, *options)
 
 
 def _edgeward(*command: str | Path) -> None:
