@@ -202,16 +202,15 @@ def main() -> None:
     chosen = parser.parse_args()
     os.environ |= {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
     options = Options(chosen.out.resolve(), chosen.rounds, chosen.seconds)
-    figures = []
-    for name in chosen.only:
+    figures: dict[str, list[Figure]] = {name: [] for name in chosen.only}
+    for name, found in figures.items():
         for figure in GOALS[name](options):
             print(figure.line(), file=sys.stderr, flush=True)
-            figures.append(figure)
-    words = " ".join(["python -m benchmarks.serve_speed", *sys.argv[1:]])
-    title = f"`{words}`, {cpu_count()} cores {cpu_name()}, {datetime.now(UTC):%Y-%m-%d}"
-    print(f"{title}\n\n{table(figures)}")
+            found.append(figure)
+    title = f"`make bench-serve`, {cpu_count()} cores {cpu_name()}, {datetime.now(UTC):%Y-%m-%d}"
+    print(f"{title}\n\n{table([figure for found in figures.values() for figure in found])}")
     if chosen.keep:
-        keep("serve_speed", title, figures)
+        keep("serve_speed", title, figures, list(GOALS))
 
 
 if __name__ == "__main__":
