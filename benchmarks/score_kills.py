@@ -95,7 +95,7 @@ def harass(
 ) -> Iterator[Kill]:
     """Start the run again and again, and kill it at random moments of the window; in the end let it be."""
     chance, scratch = random.Random(kills), out.with_name("scratch")
-    done = 0
+    done = parts = 0
     while done < kills:
         process = start(bundle, data, out, unit_rows, scratch)
         began = time.monotonic()
@@ -104,8 +104,9 @@ def harass(
         seconds = time.monotonic() - began
         if not kill(process):
             raise SystemExit(f"the run had ended after {done} kills: give it more --rows")
-        done += 1
-        yield Kill(round(seconds, 2), *state(out, units))
+        at, now, drafts = state(out, units)
+        yield Kill(round(seconds, 2), "loading" if at == "scoring" and now == parts else at, now, drafts)
+        done, parts = done + 1, now
     if start(bundle, data, out, unit_rows, scratch).wait():
         raise SystemExit("the last run failed")
 
