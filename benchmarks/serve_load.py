@@ -9,6 +9,7 @@ A model that takes texts or images is sent the INPUTs, files or texts; any other
 
 import argparse
 import json
+import logging
 import multiprocessing
 import threading
 import time
@@ -22,6 +23,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import structlog
 from grpc._cython import cygrpc
 
 from bundle.tensor import NUMPY_TYPES, TensorSpec
@@ -174,6 +176,7 @@ def worker(make: Callable[..., Any], *arguments: Any) -> Iterator[Connection]:
 
 
 def _work(pipe: Connection, make: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     made = make(*arguments)
     while True:
         try:

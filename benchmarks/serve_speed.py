@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.serve_figures import Figure, Options, in_turns, keep, middle, ratio, table
 from benchmarks.serve_footprint import idle, install, memory, start
-from benchmarks.serve_load import INFER, Callers, Load, Target, ask, calling, worker
+from benchmarks.serve_load import INFER, WARM_UP, Callers, Load, Target, ask, calling, worker
 from benchmarks.serve_models import InProcess, SideBySide, Work, model, work
 from benchmarks.serve_sides import Echo, Naive, certificate, competitor, cpu_s, serving
 from bundle.host import cpu_count, cpu_name
@@ -45,14 +45,15 @@ def tiny(options: Options) -> Iterator[Figure]:
 
 def _tiny(options: Options, transport: str) -> Iterator[Figure]:
     goal = "7" if transport == "TLS" else "1"
-    with ExitStack() as stack, TemporaryDirectory() as folder:
-        callers = _tiny_callers(stack, options, transport, Path(folder))
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        callers, process = _tiny_callers(stack, options, transport, Path(folder))
         sides = {
             (name, count): partial(each.closed, count, options.seconds)
             for count in (1, 8)
             for name, each in callers.items()
         }
         found = in_turns(sides, options.rounds)
+        cpu_us = _cpu_us(process, callers["served"], options.seconds)
     ours = found["served", 1]
     said = f"{middle(ours, p50):.3f} and {middle(found['echo', 1], p50):.3f} ms; p99 {middle(ours, p99):.2f} ms"
     yield Figure(goal, f"tiny, {transport}, c=1: p50 / echo", ratio(ours, found["echo", 1], p50), "<=", 1.6, said)
@@ -66,9 +67,17 @@ def _tiny(options: Options, transport: str) -> Iterator[Figure]:
     share = ratio(found["served", 8], found["echo", 8], rate)
     said = f"echo {middle(found['echo', 8], rate):.0f} answers/s"
     yield Figure(goal, f"tiny, {transport}, c=8: throughput / echo", share, said=said)
+    yield Figure(goal, f"tiny, {transport}, c=8: CPU of the server for an answer, µs", cpu_us)
 
 
-def _tiny_callers(stack: ExitStack, options: Options, transport: str, folder: Path) -> dict[str, Callers]:
+def _cpu_us(process: int, callers: Callers, seconds: float) -> float:
+    before = cpu_s(process)
+    load = callers.closed(8, seconds)
+    return (cpu_s(process) - before) / (len(load.latencies) * (1 + WARM_UP)) * 1e6
+
+
+def _tiny_callers(stack: ExitStack, options: Options, transport: str, folder: Path) -> tuple[dict[str, Callers], int]:
+    """Who calls each side, and the process of the one that is served as by default."""
     path, asked = model("tiny", options.out), work("tiny", options.out)
     cert, key = certificate(folder)
     ca = cert.read_bytes() if transport == "TLS" else None
@@ -81,14 +90,15 @@ def _tiny_callers(stack: ExitStack, options: Options, transport: str, folder: Pa
         return stack.enter_context(calling(Target(address, asked.requests(), method, ca)))
 
     found = {}
-    for name, more in (("served", ()), ("asyncio", ("--transport", "asyncio"))):
+    for name, more in (("asyncio", ("--transport", "asyncio")), ("served", ())):
         words = [word for option, value in listen(name).items() for word in (f"--{option.replace('_', '-')}", value)]
-        found[name] = call(stack.enter_context(serving(path, *words, *more)).address)
+        server = stack.enter_context(serving(path, *words, *more))
+        found[name] = call(server.address)
     answer = found["served"].answers(1)[0]
     found["echo"] = call(ask(stack.enter_context(worker(Echo, path, {ECHO: answer}, listen("echo"))), "address"), ECHO)
     if transport == "TCP":
         found["thirty lines of asyncio"] = call(ask(stack.enter_context(worker(Naive, path)), "address"))
-    return found
+    return found, server.process
 
 
 def added(options: Options) -> Iterator[Figure]:
