@@ -57,6 +57,6 @@ def encode(arrays: Mapping[str, np.ndarray], spec: TensorsInput) -> list[bytes]:
     return [row.tobytes() for row in rows]
 
 
-def collate(rows: Sequence[np.ndarray], spec: TensorsInput) -> dict[str, np.ndarray]:
+def collate(rows: Sequence[np.ndarray] | np.ndarray, spec: TensorsInput) -> dict[str, np.ndarray]:
     """Examples of row_dtype as one array (N, *shape) for each tensor."""
     return {tensor.name: np.stack([row[tensor.name] for row in rows]) for tensor in spec.tensors}

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
-from tokenizers import Tokenizer
 
 from bundle.errors import BadInput, BundleDamaged
 from bundle.manifest import TextInput
@@ -16,6 +15,8 @@ class TextEncoder:
     """A tokenizer.json with the limits of its spec."""
 
     def __init__(self, tokenizer: bytes, spec: TextInput) -> None:
+        from tokenizers import Tokenizer  # takes memory that no other input needs
+
         self.spec = spec
         try:
             self._tokenizer = Tokenizer.from_buffer(tokenizer)
@@ -77,7 +78,9 @@ def _split_pair(raw: bytes, spec: TextInput) -> tuple[str, str]:
     return pair
 
 
-def collate(rows: Sequence[np.ndarray], spec: TextInput, length: int | None = None) -> dict[str, np.ndarray]:
+def collate(
+    rows: Sequence[np.ndarray] | np.ndarray, spec: TextInput, length: int | None = None
+) -> dict[str, np.ndarray]:
     """Ids of several texts, or pairs, as the tensors that the graph takes.
 
     Returns:

@@ -103,7 +103,7 @@ def _read_vocabulary(data: bytes) -> dict[str, int]:
     return ids
 
 
-def collate(rows: Sequence[np.ndarray], length: int | None = None) -> dict[str, np.ndarray]:
+def collate(rows: Sequence[np.ndarray] | np.ndarray, length: int | None = None) -> dict[str, np.ndarray]:
     """Ids of several texts as the tensors that the graph takes.
 
     Returns:

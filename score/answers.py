@@ -13,6 +13,25 @@ OK, BAD_INPUT, FAILED = 0, 1, 2  # of the column _status
 STATUS = [pa.field("_status", pa.int8()), pa.field("_error", pa.string())]
 
 
+def of_logits(tasks: tuple[Task, ...], logits: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Everything that is said of some rows, each computed once.
+
+    Args:
+        tasks: of the bundle.
+        logits: the graph's outputs, float32 (N, width of the task).
+
+    Returns:
+        What bundle.outputs.answers gives, the logits themselves, and as PREFIXbest the position of the likeliest of
+        several labels, int64 (N,).
+    """
+    found = {**logits, **outputs.answers(tasks, logits)}
+    for task in tasks:
+        if isinstance(task, Multiclass):
+            name = outputs.prefix(tasks, task)
+            found[f"{name}best"] = logits[f"{name}logits"].argmax(axis=1)
+    return found
+
+
 @dataclass(frozen=True)
 class Columns:
     """Which columns the answers of some tasks have.
@@ -32,37 +51,36 @@ class Columns:
     @property
     def fields(self) -> list[pa.Field]:
         """Names and types."""
-        widths = outputs.logits_widths(self.tasks)
-        return [pa.field(name, array.type) for name, array in self._columns({k: _none(v) for k, v in widths.items()})]
+        none = {name: np.zeros((0, width), np.float32) for name, width in outputs.logits_widths(self.tasks).items()}
+        return [pa.field(name, array.type) for name, array in self._columns(of_logits(self.tasks, none))]
 
-    def arrays(self, logits: Mapping[str, np.ndarray], answered: np.ndarray) -> list[pa.Array]:
+    def arrays(self, answers: Mapping[str, np.ndarray], answered: np.ndarray) -> list[pa.Array]:
         """The columns, null where a row was not answered.
 
         Args:
-            logits: the graph's outputs of the M rows that were, float32 (M, width of the task).
+            answers: of the M rows that were, from of_logits.
             answered: which of the N rows they are, bool (N,), M of them true.
         """
-        found = [array for _, array in self._columns(logits)]
+        found = [array for _, array in self._columns(answers)]
         if answered.all():
             return found
         places = pa.array(np.cumsum(answered) - 1, mask=~answered)
         return [array.take(places) for array in found]
 
-    def _columns(self, logits: Mapping[str, np.ndarray]) -> Iterator[tuple[str, pa.Array]]:
-        answers = outputs.answers(self.tasks, logits)
+    def _columns(self, answers: Mapping[str, np.ndarray]) -> Iterator[tuple[str, pa.Array]]:
         for task in self.tasks:
             name = outputs.prefix(self.tasks, task)
             if isinstance(task, Regression):
                 yield f"{name}value", pa.array(answers[f"{name}value"][:, 0])
                 continue
-            yield from self._classification(task, name, logits[f"{name}logits"], answers)
+            yield from self._classification(task, name, answers)
 
     def _classification(
-        self, task: Multiclass | Multilabel, name: str, logits: np.ndarray, answers: Mapping[str, np.ndarray]
+        self, task: Multiclass | Multilabel, name: str, answers: Mapping[str, np.ndarray]
     ) -> Iterator[tuple[str, pa.Array]]:
-        labels, scores = pa.array(task.labels, pa.string()), answers[f"{name}score"]
+        labels, scores, logits = pa.array(task.labels, pa.string()), answers[f"{name}score"], answers[f"{name}logits"]
         if isinstance(task, Multiclass):
-            best = logits.argmax(axis=1)
+            best = answers[f"{name}best"]
             yield f"{name}label", labels.take(pa.array(best))
             yield f"{name}score", pa.array(scores[np.arange(len(best)), best])
         else:
@@ -80,10 +98,6 @@ class Columns:
             yield f"{name}scores", _rows(pa.array(scores.reshape(-1)), scores.shape)
         if self.logits:
             yield f"{name}logits", _rows(pa.array(logits.reshape(-1)), logits.shape)
-
-
-def _none(width: int) -> np.ndarray:
-    return np.zeros((0, width), np.float32)
 
 
 def _rows(values: pa.Array, shape: tuple[int, ...]) -> pa.Array:

@@ -44,26 +44,26 @@ def of_raws(spec: Input, raws: Sequence[object] | np.ndarray) -> Drift:
     return drift
 
 
-def of_logits(tasks: tuple[Task, ...], logits: Mapping[str, np.ndarray]) -> Drift:
+def of_answers(tasks: tuple[Task, ...], answers: Mapping[str, np.ndarray]) -> Drift:
     """Predicted labels, confidence, values.
 
     Args:
         tasks: of the bundle.
-        logits: the graph's outputs for rows that could be scored, float32 (N, columns of the task).
+        answers: for the rows that could be scored, from score.answers.of_logits.
     """
     drift: Drift = {}
     for task in tasks:
         name = outputs.prefix(tasks, task)
-        values = logits[f"{name}logits"]
         match task:
             case Multiclass():
-                drift[f"{name}labels"] = _counts(values.argmax(axis=1), len(task.labels))
-                drift[f"{name}confidence"] = _histogram(outputs.softmax(values).max(axis=1))
+                best = answers[f"{name}best"]
+                drift[f"{name}labels"] = _counts(best, len(task.labels))
+                drift[f"{name}confidence"] = _histogram(answers[f"{name}score"][np.arange(len(best)), best])
             case Multilabel():
-                score = outputs.sigmoid(values)
-                drift[f"{name}labels"] = tuple((score >= np.float32(task.threshold)).sum(axis=0).tolist())
-                drift[f"{name}confidence"] = _histogram(score.max(axis=1))
+                drift[f"{name}labels"] = tuple(answers[f"{name}predicted"].sum(axis=0).tolist())
+                drift[f"{name}confidence"] = _histogram(answers[f"{name}score"].max(axis=1))
             case Regression():  # standardised, as the graph gives them
+                values = answers[f"{name}logits"]
                 drift[f"{name}values"] = _histogram((values[:, 0] + SPREAD) / (2 * SPREAD))
     return drift
 

@@ -140,9 +140,10 @@ class Scorer:
         status, errors = _statuses(count, faults)
         answered = status.to_numpy() == OK
         kept = logits if answered.all() else {name: each[answered] for name, each in logits.items()}
-        columns = [*self._columns.arrays(kept, answered), status, errors]
-        table = pa.Table.from_arrays(columns, schema=self.schema)
-        return Answered(table, drift.of_logits(self.model.manifest.tasks, kept))
+        tasks = self.model.manifest.tasks
+        found = answers.of_logits(tasks, kept)
+        table = pa.Table.from_arrays([*self._columns.arrays(found, answered), status, errors], schema=self.schema)
+        return Answered(table, drift.of_answers(tasks, found))
 
     def _batches(self, encoded: Encoded) -> list[np.ndarray]:
         """Examples of about the same length, by position, so that little is padded.
