@@ -3,7 +3,7 @@
 text     MiniLM with three moods, tweets in Parquet.
 images   A ResNet18 at 112 × 112 pixels, scikit-learn's digits as JPEG files of 320 × 240.
 vectors  Three dense layers (100, 256, 10), in Parquet.
-words    The mean of word vectors that were trained on tweets; a bundle only.
+words    The mean of word vectors that were trained on tweets, scoring tweets in Parquet.
 """
 
 import random
@@ -158,4 +158,5 @@ WRITING: dict[str, Callable[[Path, int], None]] = {
     "text": _write_text,
     "images": _write_images,
     "vectors": _write_vectors,
+    "words": _write_text,
 }

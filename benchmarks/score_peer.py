@@ -74,14 +74,20 @@ def ordered(bundle: str, source: Path) -> list[np.ndarray]:
 
 def share(bundle: str, source: Path, number: int, workers: int, ready: Any) -> float:
     """Seconds that one process needs for every `workers`-th batch."""
+    from bundle.model import predict_logits
+    from bundle.preprocess import is_sequence
+
     rows = ordered(bundle, source)
     mine = [rows[start : start + BATCH] for start in range(BATCH * number, len(rows), BATCH * workers)]
     loaded = model(bundle)
-    loaded.logits(rows[:BATCH])
+    if not is_sequence(loaded.manifest.input):
+        mine = list(map(np.stack, mine))
+    spec, invariant = loaded.manifest.input, loaded.variant.batch_invariant
+    predict_logits(loaded.session, spec, rows[:BATCH], batch_invariant=invariant)
     ready.wait()
     began = time.perf_counter()
     for batch in mine:
-        loaded.logits(batch)
+        predict_logits(loaded.session, spec, batch, batch_invariant=invariant)
     return time.perf_counter() - began
 
 
@@ -97,7 +103,7 @@ def stages(task: str, bundle: str, source: Path, out: Path, workers: int) -> dic
     """By the parts of our pipeline, one after the other, on the rows of the first two units."""
     from bundle.model import predict_logits
     from bundle.preprocess import is_sequence, length
-    from score.answers import Columns
+    from score.answers import Columns, of_logits
     from score.config import ScoreConfig
     from score.folder import Folder
     from score.parts import PartWriter
@@ -137,7 +143,7 @@ def stages(task: str, bundle: str, source: Path, out: Path, workers: int) -> dic
         with PartWriter(Folder(str(out)), units[0], pa.schema(columns.fields), "parquet") as part:
             for start in range(0, count, STAGED):
                 some = {name: each[start : start + STAGED] for name, each in logits.items()}
-                arrays = columns.arrays(some, np.ones(len(next(iter(some.values()))), bool))
+                arrays = columns.arrays(of_logits(tasks, some), np.ones(len(next(iter(some.values()))), bool))
                 part.write(pa.Table.from_arrays(arrays, schema=pa.schema(columns.fields)))
             part.finish(footer)
 

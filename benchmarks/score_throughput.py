@@ -1,9 +1,9 @@
 """Rows a second of `edgeward score`, its limit, and others: python -m benchmarks.score_throughput --out DIR [--keep]
 
-For texts, images and feature vectors (benchmarks/score_inputs.py), every side runs in a process of its own, in turns,
-`--rounds` times; the medians are printed. The limit is the cores divided by the CPU seconds a row of reading,
-preprocessing, session and writing, each measured alone in one thread (benchmarks/score_peer.py), in the same turns.
-`command` counts everything from the start of the process to its end, `scoring` what comes after the loading of
+For texts, images, feature vectors and word vectors (benchmarks/score_inputs.py), every side runs in a process of its
+own, in turns, `--rounds` times; the medians are printed. The limit is the cores divided by the CPU seconds a row of
+reading, preprocessing, session and writing, each measured alone in one thread (benchmarks/score_peer.py), in the same
+turns. `command` counts everything from the start of the process to its end, `scoring` what comes after the loading of
 libraries and model, and of trials of settings: until the last part is on the disk. Memory is the peak of PSS over all
 processes of a side. The sides that run the bundle must give the same labels and scores, bit for bit.
 
