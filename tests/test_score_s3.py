@@ -6,13 +6,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from bundle.errors import DataError
 from score import files
 from tests import serve_bundles as bundles
 from tests.s3_server import S3Server
-from tests.score_examples import TEXTS, run, tree, write_csv
+from tests.score_examples import TEXTS, run, scored, tree, write_csv
 
 
 @pytest.fixture
@@ -78,6 +81,21 @@ def test_a_run_into_a_bucket_that_was_killed_goes_on(s3, tmp_path):
     assert len(expected) == 60 + 1
     assert ended == expected
     assert begun.items() <= (ended | {"_plan.json": begun["_plan.json"]}).items()
+
+
+def test_every_kind_of_table_is_read_from_a_bucket(s3, tmp_path):
+    """In ranges, without a copy of the file: the answers are those of the same file on this machine."""
+    bundle = bundles.write_text_bundle(tmp_path / "mood")
+    parquet.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet", row_group_size=3)
+    np.savez(tmp_path / "b.npz", text=np.array(TEXTS))
+    write_csv(tmp_path / "c.csv", {"text": TEXTS})
+    for name in ("a.parquet", "b.npz", "c.csv"):
+        s3.objects[f"bucket/{name}"] = (tmp_path / name).read_bytes()
+        there = scored(bundle, f"s3://bucket/{name}", out=tmp_path / f"{name}.there", unit_rows=2)
+        here = scored(bundle, tmp_path / name, out=tmp_path / f"{name}.here", unit_rows=2)
+
+        assert there.drop_columns("_file").equals(here.drop_columns("_file"))
+        assert set(there["_file"].to_pylist()) == {f"s3://bucket/{name}"}
 
 
 def test_what_is_not_in_the_bucket_is_not_there(s3, tmp_path):
