@@ -133,8 +133,11 @@ class Statistics:
         requests = len(rows)
         with self._lock:
             for queued, total in zip(queue_ns, total_ns, strict=True):
-                self._observe(("queue", queued), ("total", total))
-            self._observe(("decode", decode_ns), ("run", run_ns), ("encode", encode_ns), requests=requests)
+                self._observe("queue", queued, 1)
+                self._observe("total", total, 1)
+            self._observe("decode", decode_ns, requests)
+            self._observe("run", run_ns, requests)
+            self._observe("encode", encode_ns, requests)
             runs = self._batches.setdefault(sum(rows), [0, 0, 0, 0])
             runs[0] += 1
             runs[1] += decode_ns
@@ -142,10 +145,9 @@ class Statistics:
             runs[3] += encode_ns
             self._last_inference_ms = max(self._last_inference_ms, now_ms)
 
-    def _observe(self, *durations: tuple[Stage, int], requests: int = 1) -> None:
-        for stage, ns in durations:
-            self._counts[stage][bisect_left(_BOUNDS_NS, ns)] += requests
-            self._ns[stage] += ns * requests
+    def _observe(self, stage: Stage, ns: int, requests: int) -> None:
+        self._counts[stage][bisect_left(_BOUNDS_NS, ns)] += requests
+        self._ns[stage] += ns * requests
 
     def failed(self, reason: Reason, total_ns: int) -> None:
         """Count one request that got no answer, and how long it took to say so."""
