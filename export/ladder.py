@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+import onnx
+
 from bundle import preprocess
 from bundle.errors import ModelError
 from bundle.manifest import ImageInput, Input
@@ -127,9 +129,20 @@ class Compiler:
         return self._source.memory.blob("prepared", compute=lambda: quantize.prepared(self._source.graph))
 
     @cached_property
+    def packed(self) -> bytes:
+        """The same with its first convolution as this machine's int8 kernels want it."""
+        if not quantize.suits(signed=self._signed):
+            return self.prepared
+        return self._source.memory.blob("packed", compute=lambda: quantize.prepared(self._source.graph, packed=True))
+
+    @cached_property
     def statistics(self) -> Statistics:
         """What the calibration examples showed."""
-        return ranges.observe(self.prepared, self._source.spec, self._source.calibration)
+        return ranges.observe(self.packed, self._source.spec, self._source.calibration)
+
+    @cached_property
+    def _stem(self) -> str | None:
+        return quantize.stem(onnx.load_from_string(self.prepared))
 
     def compile(self, recipe: Recipe, *, keep: bool = True) -> bytes:
         """The graph of a recipe.
@@ -161,8 +174,9 @@ class Compiler:
                     raise ModelError("only the head of a checkpoint can be fitted again, not that of an ONNX model.")
                 return source.refit()
             case "static":
+                start = self.prepared if self._stem in recipe.kept else self.packed
                 compiled = quantize.int8_static(
-                    self.prepared,
+                    start,
                     source.spec,
                     ranges.ranges(self.statistics, recipe.method),
                     per_channel=recipe.per_channel,
@@ -170,5 +184,5 @@ class Compiler:
                     kept=recipe.kept,
                 )
                 if recipe.corrected:
-                    compiled = quantize.corrected(compiled, self.prepared, source.spec, source.calibration)
+                    compiled = quantize.corrected(compiled, start, source.spec, source.calibration)
                 return quantized_embeddings(compiled)

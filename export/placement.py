@@ -12,6 +12,7 @@ DENSE = ("MatMul", "Gemm")
 HEAVY = (*DENSE, "Conv")
 CONVOLUTIONAL = (*HEAVY, "Relu", "Clip", "Add", "Mul", "AveragePool", "GlobalAveragePool", "MaxPool", "Concat")
 """What ONNX Runtime's CPU provider really runs in int8. Other operators would become islands between conversions."""
+_MOVES = ("Reshape", "Transpose")  # of numbers, whatever they are
 _POOLS = ("GlobalAveragePool", "ReduceMean")
 
 
@@ -37,6 +38,8 @@ def placed(model: onnx.ModelProto, spec: Input, kept: Collection[str] = ()) -> l
     known, made, nodes = constants(model), set[str](), []
     types = CONVOLUTIONAL if isinstance(spec, ImageInput) else DENSE
     for node in model.graph.node:
+        if node.op_type in _MOVES and node.input[0] in made:
+            made.update(node.output)
         if node.op_type not in types or node.name in kept:
             continue
         # int8 would round in a scaling by constants what the next convolution rounds anyway, by kernels that broadcast

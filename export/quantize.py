@@ -25,13 +25,20 @@ from export.placement import Group as Group
 from export.placement import groups as groups
 from export.placement import leftovers as leftovers
 from export.quiet import silenced
+from export.stem import pack_stem
+from export.stem import stem as stem
+from export.stem import suits as suits
 
 Ranges = Mapping[str, tuple[float, float]]
 """Least and greatest value of activations, by tensor."""
 
 
-def prepared(graph: bytes) -> bytes:
+def prepared(graph: bytes, *, packed: bool = False) -> bytes:
     """A graph as all static candidates start from it: constants folded, shapes inferred, every node named once.
+
+    Args:
+        graph: fp32.
+        packed: whether its first convolution is rewritten for int8, see export.stem.
 
     Raises:
         ModelError: the runtime cannot load it.
@@ -43,6 +50,8 @@ def prepared(graph: bytes) -> bytes:
         if not node.name or node.name in seen:
             node.name = f"{node.name or node.op_type}_{i}"
         seen.add(node.name)
+    if packed:
+        pack_stem(model)
     with _mapped():
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
         add_infer_metadata(model)
@@ -99,7 +108,7 @@ def int8_static(
 
 def int8_minmax(graph: bytes, spec: Input, rows: Sequence[np.ndarray]) -> bytes:
     """Static int8 in one step, by every value seen in preprocessed training examples."""
-    start = prepared(graph)
+    start = prepared(graph, packed=suits(signed=False))
     return int8_static(start, spec, ranges.ranges(ranges.observe(start, spec, rows), "minmax"))
 
 
