@@ -118,9 +118,11 @@ def _added(options: Options, kind: str) -> Figure:
             "echo": lambda: echo.closed(1, options.seconds / 4),
         }
         found = in_turns(sides, 3 * options.rounds)
+        paced = echo.open(1e3 / middle(found["served"], p50), options.seconds * 2)
     rounds = zip(found["served"], found["inside"], found["echo"], strict=True)
     value = median((served.p50 - inside.p50) / echo.p50 for served, inside, echo in rounds)
     said = ", ".join(f"{name} {middle(loads, p50):.3f} ms" for name, loads in found.items())
+    said = f"{said}; an echo that comes as seldom {paced.p50:.3f} ms"
     return Figure("2", f"{kind}, c=1: (served - in process) / echo", value, "<=", 1.3, said)
 
 
