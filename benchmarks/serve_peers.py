@@ -128,7 +128,8 @@ def started(side: Side, path: Path, threads: int) -> Iterator[None]:
     to = wire(PEERS[side.name], free_port(), path.stem, x, given.name)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, worker(Asker, to) as side.asker:
         variables = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-        variables |= QUIET | {"PYTHONPATH": str(HERE.parent), "HOME": folder, "MODEL_TENSORS": json.dumps(tensors)}
+        variables |= QUIET | {"PYTHONPATH": str(HERE.parent), "MODEL_TENSORS": json.dumps(tensors)}
+        variables |= {"HOME": folder, "TMPDIR": folder}  # what a peer writes for its user ends with it
         side.server = Server(command(side, path, to.port, threads), Path(folder), variables)
         try:
             side.error = greeted(side, to, session.run(None, {given.name: x})[0].ravel())
@@ -184,18 +185,10 @@ def told(side: Side, ours: Side) -> dict[str, Any]:
     """A row as JSON has it; lists are of the rounds."""
     if side.error is not None:
         return {"server": side.name, "error": side.error}
-    figures = {
-        f"c{c}": {"p50_ms": rounded(side.p50(c)), "p99_ms": side.p99(c), "answers_s": rounded(side.rate(c))}
-        for c in LOADS
-    }
+    loads = {f"c{c}": {"p50_ms": side.p50(c), "p99_ms": side.p99(c), "answers_s": side.rate(c)} for c in LOADS}
     rest = {"ready_s": side.ready_s, "rss_mb": side.rss_mb, "pss_mb": side.pss_mb, "difference": side.difference}
     ratios = {"p50_c1": ratio(side.p50(1), ours.p50(1)), "answers_s_c8": ratio(side.rate(8), ours.rate(8))}
-    return {"server": side.name, "versions": versions(side.python), **figures, "to_ours": ratios, **rest}
-
-
-def rounded(figures: Sequence[float]) -> list[float]:
-    """To what a measurement is worth."""
-    return [round(each, 4) for each in figures]
+    return {"server": side.name, "versions": versions(side.python), **loads, "to_ours": ratios, **rest}
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float | None:
@@ -279,9 +272,8 @@ def main() -> None:
     if options.keep:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.with_suffix(".md").write_text(page)
-        RESULTS.with_suffix(".json").write_text(
-            json.dumps({"command": typed(), "cpu": cpu_name(), "models": found}, indent=1) + "\n"
-        )
+        kept = {"command": typed(), "cpu": cpu_name(), "models": found}
+        RESULTS.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":
