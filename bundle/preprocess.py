@@ -7,7 +7,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from bundle import image, tensors, text, vector, words
+from bundle import tensors, text, vector, words
 from bundle.errors import BadInput
 from bundle.manifest import ImageInput, Input, TensorsInput, TextInput, VectorInput, WordsInput
 from bundle.tensor import TensorSpec
@@ -29,6 +29,8 @@ def encoder(spec: Input, read: Callable[[str], bytes]) -> Encode:
         case TextInput():
             return _shared(text.TextEncoder, spec, read(text.TOKENIZER)).encode
         case ImageInput():
+            from bundle import image  # Pillow takes memory that no other input needs
+
             return lambda raw: image.preprocess(raw, spec)
         case WordsInput():
             return words_encoder(spec, read).encode

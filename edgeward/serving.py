@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -17,11 +17,11 @@ from bundle.errors import BadInput
 from bundle.tensor import NUMPY_TYPES, TensorSpec, conform
 from edgeward.result import give
 from serve import logs
-from serve.client import Client
-from serve.client.channel import Tls
-from serve.client.columns import Raws
 from serve.config import ServeConfig
 from serve.server import serve as run_server
+
+if TYPE_CHECKING:
+    from serve.client.columns import Raws
 
 MOST_VALUES = 4  # of one output that the table shows; --json gives all
 
@@ -74,6 +74,8 @@ def infer(
             machine.
         json: give the answers as one JSON object.
     """
+    from serve.client import Client, Tls  # which a server does not need
+
     files = Tls(tls_ca, tls_cert, tls_key) if tls or tls_ca or tls_cert or tls_key else None
     token = None if token_file is None else _first_token(token_file)
     with Client(address, timeout_s=timeout_s, tls=files, token=token) as client:

@@ -14,15 +14,15 @@ from serve import completion_queue, security, transport
 from serve.admission import Admission
 from serve.config import ServeConfig
 from serve.errors import StartError
-from serve.http import HttpPort
-from serve.metrics import Metrics, Traffic
 from serve.processes import serve_many
-from serve.reload import Watcher
 from serve.repository import open_repository
 from serve.service import Service
 from serve.shared_memory import Regions
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what only some servers need is imported by these
+    from serve.http import HttpPort
+    from serve.metrics import Metrics
+    from serve.reload import Watcher
     from serve.tracing import OtlpTracer
 
 log = structlog.get_logger()
@@ -74,9 +74,9 @@ class Server:
         self.port = self._transport.port
         self.http_port = self._http.port if self._http else None
         self.address = address if config.socket else _host_and_port(config.host, self.port)
-        self._metrics = Metrics(self._repository, self._traffic)
+        self._metrics = self._make_metrics() if self._http else None
         self._announce()
-        self._watcher = Watcher(config.paths, self._repository.refresh) if config.watch else None
+        self._watcher = self._watch() if config.watch else None
 
     def _announce(self) -> None:
         """Tell who asks for health that all is well, and of changes from now on."""
@@ -85,19 +85,31 @@ class Server:
             self._transport.set_health(name, True)
         self._ready = True
 
-    def _open_http(self) -> HttpPort | None:
+    def _open_http(self) -> "HttpPort | None":
         port = self._config.http_port
         if port is None:
             return None
+        from serve.http import HttpPort
+
         return HttpPort(self._config.host, port, metrics=self._shown, ready=lambda: self._ready)
 
     def _shown(self) -> bytes:
         return self._metrics.text() if self._metrics else b""
 
-    def _traffic(self) -> Traffic:
-        now = self._admission.snapshot()
-        refused = {"bytes": now.refused_bytes, "streams": now.refused_streams, **self._tokens.refused}
-        return Traffic(calls=now.requests, bytes=now.bytes, streams=now.streams, refused=refused)
+    def _make_metrics(self) -> "Metrics":
+        from serve.metrics import Metrics, Traffic
+
+        def traffic() -> Traffic:
+            now = self._admission.snapshot()
+            refused = {"bytes": now.refused_bytes, "streams": now.refused_streams, **self._tokens.refused}
+            return Traffic(calls=now.requests, bytes=now.bytes, streams=now.streams, refused=refused)
+
+        return Metrics(self._repository, traffic)
+
+    def _watch(self) -> "Watcher":
+        from serve.reload import Watcher
+
+        return Watcher(self._config.paths, self._repository.refresh)
 
     def models(self) -> list[str]:
         """What is served, as NAME:VERSION."""
