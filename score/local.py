@@ -11,10 +11,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from types import FrameType
 from typing import Protocol
 
 import structlog
@@ -23,6 +22,7 @@ from bundle.errors import EdgewardError
 from score.config import ScoreConfig
 from score.errors import WorkerDied
 from score.runner import UnitRunner
+from score.signals import terminable
 from score.units import Plan, Unit, UnitReport
 from score.usage import measured
 
@@ -102,6 +102,7 @@ class _Pool:
             target=_work, args=(self._start, asked, told, self._hired), name=f"scorer {self._hired}", daemon=True
         )
         self._hired += 1
+        resource_tracker.ensure_running()  # or start() would do it, and unblock signals
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: a Ctrl-C is for the parent
         try:
             process.start()
@@ -180,15 +181,15 @@ def _ended(process: SpawnProcess) -> str:
 
 def _work(start: Start, asks: Connection, tells: Connection, number: int) -> None:
     """The whole life of a process."""
-    signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_follow_parent, daemon=True).start()
     structlog.configure(  # what the model's start says is the same in all
         wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR if number else logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     try:
-        for each in measured(start().run(_asked(asks))):
-            tells.send(each)
+        with terminable():
+            for each in measured(start().run(_asked(asks))):
+                tells.send(each)
     except (EdgewardError, OSError) as error:
         _tell(tells, error)
     except Exception:
@@ -209,10 +210,6 @@ def _asked(asks: Connection) -> Iterator[Unit]:
 def _tell(tells: Connection, error: Exception) -> None:
     with suppress(OSError):  # the parent has gone
         tells.send(error)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 def _follow_parent() -> None:

@@ -1,11 +1,8 @@
 """Follows a run: counts what comes in, shows how far it is, and stops it when too much of it is bad."""
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from types import FrameType
 
 import structlog
 from rich.console import Console
@@ -14,6 +11,7 @@ from rich.text import Text
 
 from bundle.manifest import Record
 from score.errors import TooManyBadRows
+from score.signals import terminable
 from score.units import Counts, Plan, UnitReport
 
 log = structlog.get_logger()
@@ -111,7 +109,7 @@ def follow(
         TooManyBadRows: it is certain that more rows are bad; the parts that were written stay.
     """
     totals = _Totals(done)
-    with _terminable(), _shown(plan, done) as show, closing(reports):
+    with terminable(), _shown(plan, done) as show, closing(reports):
         try:
             _check(totals.counts, plan, max_error_rate)
             for report in reports:
@@ -139,23 +137,6 @@ def _check(counts: Counts, plan: Plan, max_error_rate: float) -> None:
             f"{max_error_rate:.4g} may be (--max-error-rate). The parts that were written stay, and the column _error "
             "says what is wrong. With a higher --max-error-rate the same command goes on from there."
         )
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM is an exception, as Ctrl-C is, so that what is open is closed."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -1,18 +1,20 @@
-"""Ctrl-C and SIGTERM on a real `edgeward score` with two processes."""
+"""Ctrl-C and SIGTERM, also on a real `edgeward score` with two processes."""
 
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from benchmarks.score_kills import lives
+from score.signals import terminable
 from tests import serve_bundles as bundles
 from tests.score_examples import run, tree
 
-ROWS, UNIT_ROWS = 30_000, 100
+ROWS, UNIT_ROWS = 16_000, 80
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +68,45 @@ def test_a_signal_ends_a_run_with_one_line(mood, texts, whole, tmp_path, number,
     assert 0 < len(parts) < ROWS // UNIT_ROWS
     assert left.items() <= tree(out).items()
     assert {name: data for name, data in tree(out).items() if name != "_plan.json"} == whole
+
+
+class Destroyed:
+    """Sends a signal to its own process while it is destroyed, where Python drops what the handler raises."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        os.kill(os.getpid(), self.number)
+        for _ in range(1000):  # the handler runs here
+            pass
+
+
+def wait_for(number):
+    Destroyed(number)
+    threading.Event().wait(60)
+
+
+def close_after_two(closed):
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.raise_signal(signal.SIGTERM)
+        closed.append(True)
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_that_python_drops_comes_again(number, raised):
+    """Nothing is said of the first one."""
+    with pytest.raises(raised), terminable():
+        wait_for(number)
+
+
+def test_a_second_signal_does_not_disturb_what_is_being_closed():
+    """It is the same stop; after the block a signal does what it did before."""
+    closed = []
+    with pytest.raises(SystemExit, match="143"), terminable():
+        close_after_two(closed)
+
+    assert closed
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
