@@ -168,12 +168,16 @@ class Folder:
         )
 
     def remove(self, name: str) -> None:
-        """Remove a file, where it is there."""
+        """Remove a file, where it is there.
+
+        Raises:
+            FolderFailed: it cannot be removed.
+        """
         path = self.inside(name)
         if (
             self.system.get_file_info(path).type == fs.FileType.File
         ):  # of a bucket pyarrow would put an object "FOLDER/"
-            with suppress(FileNotFoundError):
+            with self.writing(), suppress(FileNotFoundError):
                 self.system.delete_file(path)
 
     def sweep(self) -> None:

@@ -191,6 +191,8 @@ def _footer(folder: Folder, name: str, form: str) -> Footer:
         if data is None:
             raise DataError(f"{folder.path}/{name} does not say what it is. Remove it and run again.")
         return msgspec.json.decode(data, type=Footer)
+    except PermissionError as error:
+        raise DataError(f"{folder.path}/{name} may not be read.") from error
     except (pa.ArrowException, OSError, msgspec.MsgspecError) as error:
         raise DataError(f"{folder.path}/{name} is no part: {error}. Remove it and run again.") from error
 

@@ -8,6 +8,7 @@ other was stopped. A unit that Ray runs twice has one part: both write the same 
 import logging
 import os
 import pickle
+import socket
 import sys
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
@@ -15,7 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from queue import SimpleQueue
 from typing import Any
 
-from bundle.errors import EdgewardError, MissingExtra
+from bundle.errors import DataError, EdgewardError, MissingExtra
 from score.config import ScoreConfig
 from score.errors import WorkerDied
 from score.runner import UnitRunner
@@ -24,6 +25,7 @@ from score.usage import measured
 
 MAX_ATTEMPTS = 4  # at a unit whose actor, or its machine, is lost; Ray itself would try for ever
 MAX_TOGETHER = 4  # units that an actor is given at once
+_REACH_S = 10.0  # until somebody answers
 _STORE_BYTES = 100 << 20  # of the shared memory of a local Ray, which holds units and reports alone
 _LOCAL = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -63,10 +65,13 @@ def connected(address: str | None, *, cpus: int) -> Iterator[Any]:
         cpus: of the one that is started.
 
     Raises:
+        DataError: nothing answers at the address.
         MissingExtra: Ray is not installed.
     """
     if address is None:
         os.environ.update(_LOCAL)  # it is read by the import
+    else:
+        _check_address(address)
     ray = _import_ray()
     if ray.is_initialized():
         yield ray
@@ -81,6 +86,16 @@ def connected(address: str | None, *, cpus: int) -> Iterator[Any]:
             yield ray
         finally:
             ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), _REACH_S).close()
+        except (OSError, OverflowError) as error:
+            raise DataError(f"no Ray answers at --ray-address {address}: {error}. Nothing was scored.") from error
 
 
 def _import_ray() -> Any:

@@ -19,7 +19,7 @@ import pytest
 from pyarrow import parquet
 
 from benchmarks.score_throughput import family
-from bundle.errors import MissingExtra
+from bundle.errors import DataError, MissingExtra
 from score.config import ScoreConfig
 from score.ray_engine import MAX_ATTEMPTS
 from score.run import score
@@ -213,6 +213,15 @@ def test_a_ray_that_was_started_before_is_used_and_left_running(config, alone, t
     assert left is None
     assert json.loads(first.stdout)["missing"] == 0
     assert parts(out) == alone
+
+
+@needs_ray
+def test_an_address_where_no_ray_is_is_told_at_once(config, tmp_path):
+    """Not after minutes of trying."""
+    address = f"127.0.0.1:{free_ports()[0]}"
+
+    with pytest.raises(DataError, match=f"no Ray answers at --ray-address {address}"):
+        score(replace(config, out=str(tmp_path / "out"), engine="ray", ray_address=address))
 
 
 def test_without_ray_the_engine_says_what_to_install(config, monkeypatch, tmp_path):
