@@ -175,9 +175,15 @@ class Scorer:
             logits[name][picked] = values
 
     def _predict(self, rows: Sequence[np.ndarray | None] | np.ndarray, picked: np.ndarray) -> dict[str, np.ndarray]:
-        together = rows[picked] if isinstance(rows, np.ndarray) else [rows[number] for number in picked]
+        together = _taken(rows, picked) if isinstance(rows, np.ndarray) else [rows[number] for number in picked]
         manifest, variant = self.model.manifest, self.model.variant
         return predict_logits(self.model.session, manifest.input, together, batch_invariant=variant.batch_invariant)
+
+
+def _taken(rows: np.ndarray, picked: np.ndarray) -> np.ndarray:
+    """Some rows, in ascending order; those that are next to each other are not copied."""
+    first, last = picked[0], picked[-1]
+    return rows[first : last + 1] if last - first < len(picked) else rows[picked]
 
 
 def _statuses(count: int, faults: Mapping[int, Fault]) -> tuple[pa.Array, pa.Array]:
