@@ -1,5 +1,6 @@
 """What is served under one name and version: a bundle, a bundle's bare graph, or a plain ONNX graph."""
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +25,8 @@ from serve.queue import Policy
 from serve.spare import Spare
 
 MAX_BATCH = 1024  # rows of one request to a bundle or to its bare graph
+
+SHORT_BYTES = 32  # of a text: about the fewest tokens that one is padded to
 
 ALONE = Policy()  # one run at a time, of one request
 
@@ -58,6 +61,7 @@ class ServedModel:
         run: several decoded requests, padded to a number of rows or as they are -> a result for each.
         encode: one result -> outputs by name, BYTES as objects that are bytes or str.
         beside: gives what runs with one thread, if there is that.
+        pads: whether joined texts are padded at a cost: only those of like length are joined then.
     """
 
     name: str
@@ -79,6 +83,7 @@ class ServedModel:
     run: Run = field(repr=False)
     encode: Callable[[Any], dict[str, np.ndarray]] = field(repr=False)
     beside: Callable[[], Run | None] = field(default=_nothing, repr=False)
+    pads: bool = False
 
     def rows(self, arrays: Arrays) -> int:
         """Of one request; 1 where no axis is known to be the batch.
@@ -101,7 +106,7 @@ class ServedModel:
         if not self.max_batch:
             return None
         if self.platform == "edgeward_bundle":  # whose rows are collated, whatever their length
-            return ()
+            return _like_length(arrays) if self.pads else ()
         return tuple(sorted((name, array.shape[1:]) for name, array in arrays.items()))
 
 
@@ -172,7 +177,14 @@ def served_bundle(model: Model, source: Path, policy: Policy = ALONE, spare: Spa
         run=partial(run_on, model.session),
         encode=lambda logits: answers(manifest.tasks, logits),
         beside=_beside(run_on, spare),
+        pads=preprocess.is_sequence(manifest.input) and model.session.device == "cpu",
     )
+
+
+def _like_length(arrays: Arrays) -> int:
+    """The same for texts whose longest ones differ by less than a fifth, or are short; it is known before decoding."""
+    longest = max((len(text) for array in arrays.values() for text in array.flat), default=0)
+    return round(4 * math.log2(max(longest, SHORT_BYTES)))
 
 
 def bare_graph(model: Model, source: Path, policy: Policy = ALONE, spare: Spare | None = None) -> ServedModel:

@@ -63,6 +63,21 @@ def test_a_plain_graph_is_served_under_its_file_name(tmp_path):
     assert model.key({"x": np.zeros((1, 2), np.float32)}) is None
 
 
+def test_texts_are_joined_with_those_of_like_length(tmp_path):
+    """On the CPU a long text does not make short ones be padded to its length; images are joined of whatever size."""
+    write_text_bundle(tmp_path / "texts")
+    write_image_bundle(tmp_path / "images")
+    images, _, texts, _ = (each.model for each in start(tmp_path))
+
+    def key(model, *raws):
+        return model.key({"x": np.array([[raw] for raw in raws], object)})
+
+    assert key(texts, b"good") == key(texts, b"bad, and that twice")
+    assert key(texts, b"x" * 200) == key(texts, b"x" * 205) == key(texts, b"short", b"x" * 200)
+    assert len({key(texts, b"x" * size) for size in (30, 60, 120, 240)}) == 4
+    assert key(images, b"x") == key(images, b"x" * 100_000)
+
+
 def test_the_highest_version_answers_unless_one_is_named(tmp_path):
     """An empty version is the highest as a number, not as text; what else is served is the policy's choice."""
     write_text_bundle(tmp_path / "mood" / "9", version=9)
