@@ -185,8 +185,8 @@ def batching(options: Options) -> Iterator[Figure]:
     path, asked = model("joined", options.out), work("joined", options.out)
     with ExitStack() as stack:
         callers = {}
-        for name, arguments in (("joined", ()), ("alone", ("--max-batch", "1"))):
-            server = stack.enter_context(serving(path, *arguments))
+        for name, most in (("joined", "64"), ("alone", "1")):
+            server = stack.enter_context(serving(path, "--max-batch", most))
             callers[name] = stack.enter_context(calling(Target(server.address, asked.requests())))
         answers = {name: each.answers(16) for name, each in callers.items()}
         sides = {name: partial(each.closed, 16, 2 * options.seconds) for name, each in callers.items()}
