@@ -26,7 +26,8 @@ log = structlog.get_logger()
 CHUNK = 8192  # rows that are read and preprocessed together, at most
 _CHUNK_S = 0.2  # of one core, about
 _SORTED = 8  # batches, that texts are sorted by length for
-WORTH_S = 10.0  # a run that is done before is not worth a trial
+WORTH_S = 60.0  # of one core; what is done before is not worth trials, which take a second or two each
+SHARED_S = 10.0  # of one core; what is done before is not worth a second process
 TRIAL_S = 0.5
 GAIN = 1.05  # that more processes, which cost memory, have to bring
 _TABLES = 4  # that a trial counts at least
@@ -54,10 +55,11 @@ def tune(config: ScoreConfig, plan: Plan) -> Plan:
     variant, spec = model.variant, model.manifest.input
     del model
     tried, shared = batches(config, variant), splits(config, variant, len(plan.units))
+    seconds = plan.rows * row_s(variant, spec)
     first = _settings(config, variant, *shared[0], tried[-1])
-    worth = plan.rows * row_s(variant, spec) >= WORTH_S
-    trials = list(_trials(config, plan, first, tried, shared[1:])) if worth else []
-    chosen = _best(trials) or first
+    untried = _settings(config, variant, *shared[-1 if seconds >= SHARED_S else 0], tried[-1])
+    trials = list(_trials(config, plan, first, tried, shared[1:])) if seconds >= WORTH_S else []
+    chosen = _best(trials) or untried
     chosen = msgspec.structs.replace(chosen, chunk=_chunk(variant, spec, chosen.batch))
     trim_memory()
     log.info("settings", **msgspec.structs.asdict(chosen), trials=len(trials))
