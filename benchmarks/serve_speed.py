@@ -191,9 +191,8 @@ def batching(options: Options) -> Iterator[Figure]:
         answers = {name: each.answers(16) for name, each in callers.items()}
         sides = {name: partial(each.closed, 16, 2 * options.seconds) for name, each in callers.items()}
         found = in_turns(sides, options.rounds)
-    said = ", ".join(
-        f"{name} {middle(loads, rate):.0f}/s p50 {middle(loads, p50):.0f} ms" for name, loads in found.items()
-    )
+    rates = {name: middle(loads, rate) for name, loads in found.items()}
+    said = f"{rates['joined']:.0f} and {rates['alone']:.0f} answers/s"
     share = ratio(found["joined"], found["alone"], rate)
     yield Figure("4", "tweets, c=16: throughput joined / one by one", share, ">=", 1.5, said)
     differ = sum(a != b for a, b in zip(*answers.values(), strict=True))
