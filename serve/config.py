@@ -31,7 +31,8 @@ class ServeConfig:
     instances: int | None = None
     """Runs of one model at the same time; by default as many as the cores allow with these threads."""
     max_batch: int | None = None
-    """Rows that requests are joined to in one run; 1 joins none. By default 64, and 1 where answers depend on it."""
+    """Rows that requests are joined to in one run; 1 joins none. By default 64, and 1 where answers depend on it;
+    on the CPU only requests that each take less than about a millisecond are joined unless a number is given."""
     max_delay_ms: float = 0.0
     """How long a request may wait for others to join it."""
     batch_sizes: tuple[int, ...] = ()

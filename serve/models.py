@@ -133,6 +133,7 @@ def default_policy(config: ServeConfig, *, joins: bool, device: str, threads: in
         sizes=tuple(sorted(config.batch_sizes)),
         max_queue=config.max_queue,
         instances=cores if splits else config.instances or at_once,
+        joins_short=device == "cpu" and config.max_batch is None and not config.max_delay_ms,
         splits=splits,
     )
 

@@ -4,6 +4,8 @@ import math
 from collections import deque
 from statistics import fmean
 
+SHORT_NS = 1_000_000  # less than that is mostly what a run costs besides, and joined requests pay it once
+
 _KNOWN = 16  # requests that an estimate is made of
 _EVERY = 4  # how many requests it is kept for
 _LONG_NS = 30_000_000  # what holds up everybody else, if it was not expected

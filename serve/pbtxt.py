@@ -210,6 +210,7 @@ def queue_policy(config: pb.ModelConfig, default: Policy) -> Policy:
     return replace(
         _limited(default, limits),
         max_batch=max(rows, 1),
+        joins_short=False,
         max_delay_s=batching.max_queue_delay_microseconds / 1e6,
         preferred=tuple(sorted(batching.preferred_batch_size)),
         sizes=tuple(size for size in default.sizes if size <= rows),

@@ -32,6 +32,8 @@ class Policy:
     """Requests that wait, beyond those that free instances are about to take; with levels, on each level."""
     instances: int = 1
     """Runs at the same time."""
+    joins_short: bool = False
+    """Requests are joined only where each by itself is likely to take less time than pace.SHORT_NS."""
     splits: bool = False
     """A request that comes while there is no other runs with all threads, and takes all instances; others run with one
     thread each, side by side."""

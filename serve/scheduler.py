@@ -16,7 +16,7 @@ import structlog
 from bundle.errors import BadInput
 from serve.batch import Outcome, Run, Runs, run_alone, run_batch
 from serve.errors import Cancelled, Closed, DeadlineExceeded, QueueFull, TimedOut
-from serve.pace import Pace
+from serve.pace import SHORT_NS, Pace
 from serve.queue import Job, Policy, Queue, Times
 from serve.statistics import Reason, Statistics
 
@@ -214,6 +214,8 @@ class Scheduler:
         if not self._queue or self._busy >= self._policy.instances:
             return None, None
         batch = self._queue.batch()
+        if self._policy.joins_short and self._pace.expect_ns(batch[0].size) > SHORT_NS:
+            batch = batch[:1]
         wait_s = 0.0 if self._closed else self._queue.delay_s(batch)
         if wait_s > 0:
             return None, wait_s

@@ -635,6 +635,21 @@ def test_inline_refuses_unless_the_model_is_idle(busy, schedule):
     assert not delaying.try_inline(Asked(1, key=None).job, lambda: True)
 
 
+@pytest.mark.parametrize(
+    ("ns", "runs"), [(10_000, [[0], [1, 2, 3]]), (2_000_000, [[0], [1], [2], [3]]), (None, [[0], [1], [2], [3]])]
+)
+def test_where_the_policy_says_so_only_short_requests_are_joined(busy, ns, runs):
+    """Those of which nobody knows how long they take run alone, as do long ones."""
+    model, scheduler = busy(max_batch=4, joins_short=True)
+    for _ in range(16 if ns else 0):
+        scheduler._pace.saw(1, ns)
+    asked = [Asked(value).by(scheduler) for value in (1, 2, 3)]
+    model.let_go()
+
+    assert [each.answer() for each in asked] == [2, 4, 6]
+    assert model.runs == runs
+
+
 def test_a_long_inline_run_asks_its_thread_to_step_aside(schedule):
     """Nobody knows how long the first takes: its thread is asked, and where it cannot, the job is left untouched."""
     model = Doubler()
