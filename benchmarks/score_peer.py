@@ -3,6 +3,7 @@
 session    The bundle's bare session on tensors that are there already: the longest first, nothing read or written.
 stages     CPU seconds a row of reading, preprocessing, session and writing, each alone, in one thread; writing is what
            makes logits the columns of a part on the disk.
+together   The same while every core does the same.
 pipeline   transformers' pipeline with a network of the same architecture, in torch.
 datasets   datasets.map, with the bundle.
 ray        Ray Data's own reading, map_batches and writing, with the bundle.
@@ -26,6 +27,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 BATCH = 64  # of every side, as ours takes at most
+FIRST = 200_000  # rows that the bare session is given at most, as they lie in memory
 STAGED = 8192  # rows that are read, and written, together
 
 
@@ -34,12 +36,14 @@ def inputs(source: Path) -> list[Path] | pa.Table:
     return sorted(source.iterdir()) if source.is_dir() else parquet.read_table(source)
 
 
-def raws(source: Path) -> list[bytes]:
-    """Every raw example."""
+def raws(source: Path) -> tuple[list[bytes], float]:
+    """The first raw examples, and which part of all they are."""
     found = inputs(source)
-    if isinstance(found, list):
-        return [path.read_bytes() for path in found]
-    return encoded(found.column(0).to_pylist())
+    some = found[:FIRST]
+    part = len(some) / len(found)
+    if isinstance(some, list):
+        return [path.read_bytes() for path in some], part
+    return encoded(some.column(0).to_pylist()), part
 
 
 def encoded(values: list[Any]) -> list[bytes]:
@@ -63,21 +67,22 @@ def since(ready: Path) -> float:
     return time.time() - max(each.stat().st_mtime for each in ready.iterdir())
 
 
-def ordered(bundle: str, source: Path) -> list[np.ndarray]:
-    """Tensors, the longest first."""
+def ordered(bundle: str, source: Path) -> tuple[list[np.ndarray], float]:
+    """Tensors, the longest first, and which part of all they are."""
     from bundle import preprocess
 
     loaded = model(bundle)
-    rows = [loaded.encode(raw) for raw in raws(source)]
-    return sorted(rows, key=lambda row: -preprocess.length(row, loaded.manifest.input))
+    some, part = raws(source)
+    rows = [loaded.encode(raw) for raw in some]
+    return sorted(rows, key=lambda row: -preprocess.length(row, loaded.manifest.input)), part
 
 
 def share(bundle: str, source: Path, number: int, workers: int, ready: Any) -> float:
-    """Seconds that one process needs for every `workers`-th batch."""
+    """Seconds that one process would need for every `workers`-th batch of all rows."""
     from bundle.model import predict_logits
     from bundle.preprocess import is_sequence
 
-    rows = ordered(bundle, source)
+    rows, part = ordered(bundle, source)
     mine = [rows[start : start + BATCH] for start in range(BATCH * number, len(rows), BATCH * workers)]
     loaded = model(bundle)
     if not is_sequence(loaded.manifest.input):
@@ -88,7 +93,7 @@ def share(bundle: str, source: Path, number: int, workers: int, ready: Any) -> f
     began = time.perf_counter()
     for batch in mine:
         predict_logits(loaded.session, spec, batch, batch_invariant=invariant)
-    return time.perf_counter() - began
+    return (time.perf_counter() - began) / part
 
 
 def session(task: str, bundle: str, source: Path, out: Path, workers: int) -> dict[str, float]:
@@ -100,7 +105,22 @@ def session(task: str, bundle: str, source: Path, out: Path, workers: int) -> di
 
 
 def stages(task: str, bundle: str, source: Path, out: Path, workers: int) -> dict[str, float]:
-    """By the parts of our pipeline, one after the other, on the rows of the first two units."""
+    return staged(bundle, source, out, lambda: None)
+
+
+def together(task: str, bundle: str, source: Path, out: Path, workers: int) -> dict[str, float]:
+    context = get_context("spawn")
+    with context.Manager() as manager, context.Pool(workers) as pool:
+        wait = manager.Barrier(workers).wait
+        found = pool.starmap(staged, [(bundle, source, Path(f"{out}-{number}"), wait) for number in range(workers)])
+    return {name: sum(each[name] for each in found) / workers for name in found[0]}
+
+
+def staged(bundle: str, source: Path, out: Path, ready: Callable[[], Any]) -> dict[str, float]:
+    """By the parts of our pipeline, one after the other, on the rows of the first two units.
+
+    Before each of them it is called whether everybody else is `ready`.
+    """
     from bundle.model import predict_logits
     from bundle.preprocess import is_sequence, length
     from score.answers import Columns, of_logits
@@ -119,13 +139,16 @@ def stages(task: str, bundle: str, source: Path, out: Path, workers: int) -> dic
     reader = Reader(Wanted(spec, {}, {}), plan.files, STAGED)
     units = plan.units[:2]
     count = sum(unit.rows for unit in units)
+    ready()
     _, read_s = timed(lambda: [len(chunk.raws) for unit in units for chunk in reader.read(unit)])
     chunks = [chunk for unit in units for chunk in reader.read(unit)]
+    ready()
     rows, preprocess_s = timed(lambda: [scorer.encode(chunk.raws).rows for chunk in chunks])
     rows = [sorted(each, key=lambda row: -length(row, spec)) if is_sequence(spec) else each for each in rows]
     batches = [each[start : start + BATCH] for each in rows for start in range(0, len(each), BATCH)]
     run = partial(predict_logits, scorer.model.session, spec, batch_invariant=scorer.model.variant.batch_invariant)
     run(batches[0])
+    ready()
     found, session_s = timed(lambda: list(map(run, batches)))
     logits = {name: np.concatenate([each[name] for each in found]) for name in found[0]}
     footer = Footer(
@@ -147,6 +170,7 @@ def stages(task: str, bundle: str, source: Path, out: Path, workers: int) -> dic
                 part.write(pa.Table.from_arrays(arrays, schema=pa.schema(columns.fields)))
             part.finish(footer)
 
+    ready()
     _, write_s = timed(write)
     seconds = {"read": read_s, "preprocess": preprocess_s, "session": session_s, "write": write_s}
     return {name: value / count for name, value in seconds.items()}
@@ -250,7 +274,7 @@ def ray(task: str, bundle: str, source: Path, out: Path, workers: int) -> dict[s
 
 def main() -> None:
     side, task, bundle, source, out, workers = sys.argv[1:]
-    sides = {each.__name__: each for each in (session, stages, pipeline, datasets, ray)}
+    sides = {each.__name__: each for each in (session, stages, together, pipeline, datasets, ray)}
     print(json.dumps(sides[side](task, bundle, Path(source), Path(out), int(workers))))
 
 

@@ -3,14 +3,17 @@
 For texts, images, feature vectors and word vectors (benchmarks/score_inputs.py), every side runs in a process of its
 own, in turns, `--rounds` times; the medians are printed. The limit is the cores divided by the CPU seconds a row of
 reading, preprocessing, session and writing, each measured alone in one thread (benchmarks/score_peer.py), in the same
-turns. `command` counts everything from the start of the process to its end, `scoring` what comes after the loading of
+turns: once while the other cores have nothing to do, and once while each does the same, as cores share caches, memory
+and, where they are virtual, more.
+
+`command` counts everything from the start of the process to its end, `scoring` what comes after the loading of
 libraries and model, and of trials of settings: until the last part is on the disk. Memory is the peak of PSS over all
 processes of a side. The sides that run the bundle must give the same labels and scores, bit for bit.
 
-Then `--memory` rows of vectors, and a hundred times as many, are scored for their peak memory.
+Then `--memory` rows of vectors, and a hundred times as many, are scored for their peak memory, with the same settings.
 
 Sides that need a library that this environment lacks get one of their own below --out. The numbers go to
-DIR/results.json, beside those of other tasks that are there; --keep also writes benchmarks/results.
+DIR/results.json, beside those of other tasks and sides that are there; --keep also writes benchmarks/results.
 """
 
 import argparse
@@ -37,11 +40,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PEER = str(ROOT / "benchmarks" / "score_peer.py")
 RESULTS = ROOT / "benchmarks" / "results"
 ROWS = {"text": 8_000, "images": 2_000, "vectors": 2_000_000, "words": 400_000}
-SIDES = ("edgeward", "session", "stages", "pipeline", "datasets", "ray")
+SIDES = ("edgeward", "session", "stages", "together", "pipeline", "datasets", "ray")
+LIMITS = {"stages": "limit, one core at work", "together": "limit, all cores at work"}
 SAME = ("datasets", "ray")  # run the same model as we do
 PIPED = ("text", "images")  # what transformers has a pipeline for
 LIMIT_S = 3600.0  # of one side
-SAMPLED_S = 0.05  # between two looks at the memory
+SAMPLED_S = 0.25  # between two looks at the memory, which take time from those who are looked at
+ALLOCATOR = {"MIMALLOC_PURGE_DELAY": "-1"}  # of Arrow, as the processes of `edgeward score` have it
 SILENT = {
     "DO_NOT_TRACK": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -62,9 +67,9 @@ class Told:
     answer: dict[str, Any]
 
 
-def watched(command: list[str], log: Path) -> Told:
-    """Run a command that prints one JSON object; look at its memory meanwhile."""
-    environment = os.environ | SILENT | {"PYTHONPATH": str(ROOT)}
+def watched(command: list[str], log: Path, **more: str) -> Told:
+    """Run a command that prints one JSON object, with more in its environment; look at its memory meanwhile."""
+    environment = os.environ | SILENT | {"PYTHONPATH": str(ROOT)} | more
     began = time.perf_counter()
     with log.open("wb") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment)
@@ -126,15 +131,15 @@ def interpreter(side: str, out: Path) -> str:
     return str(python)
 
 
-def run(side: str, task: str, path: Path, source: Path, out: Path) -> Told:
-    """One run of one side, written to a fresh place."""
+def run(side: str, task: str, path: Path, source: Path, out: Path, *options: str | int) -> Told:
+    """One run of one side, written to a fresh place; with options of `edgeward score`."""
     target = out / "target"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     log = out / f"{task}-{side}.log"
     if side == "edgeward":
         command = [EDGEWARD, "score", str(path), str(source), "--out", str(target / "scores"), "--json"]
-        told = watched([*command, "--device", "cpu"], log)
+        told = watched([*command, "--device", "cpu", *map(str, options)], log)
         report = json.loads((target / "scores" / "_report.json").read_bytes())
         cost = report["cost"]
         told.answer = {name: report[name] for name in ("settings", "trials")} | {"cost": cost}
@@ -142,7 +147,7 @@ def run(side: str, task: str, path: Path, source: Path, out: Path) -> Told:
         told.answer["answers"] = answers(target / "scores")
         return told
     arguments = [side, task, str(path), str(source), str(target / "peer"), str(cpu_count())]
-    told = watched([interpreter(side, out), PEER, *arguments], log)
+    told = watched([interpreter(side, out), PEER, *arguments], log, **(ALLOCATOR if side in LIMITS else {}))
     if side in SAME:
         told.answer["answers"] = answers(target / "peer")
     return told
@@ -165,14 +170,12 @@ def measure(task: str, count: int, sides: list[str], rounds: int, out: Path) -> 
         for side, runs in told.items():
             print(task, side, "...", file=sys.stderr, flush=True)
             runs.append(run(side, task, path, source, out))
-    found = {each.answer["answers"] for side in ("edgeward", *SAME) for each in told.get(side, [])}
-    if len(found) > 1:
-        raise SystemExit(f"{task}: the sides that run the bundle do not agree")
     result: dict[str, Any] = {"rows": count, "cores": cpu_count()}
-    if stages := told.pop("stages", None):
-        names = stages[0].answer
-        result["stages"] = {name: statistics.median(each.answer[name] for each in stages) for name in names}
-        result["limit"] = cpu_count() / sum(result["stages"].values())
+    for side in LIMITS:
+        if stages := told.pop(side, None):
+            names = stages[0].answer
+            seconds = {name: statistics.median(each.answer[name] for each in stages) for name in names}
+            result[side] = {"limit": cpu_count() / sum(seconds.values()), "cpu_s": seconds}
     for side, runs in told.items():
         result[side] = {
             "scoring": count / statistics.median(each.answer["scoring_s"] for each in runs),
@@ -183,6 +186,13 @@ def measure(task: str, count: int, sides: list[str], rounds: int, out: Path) -> 
     return result
 
 
+def check_same(task: str, result: dict[str, Any]) -> None:
+    """The sides that run the bundle gave the same, in every round."""
+    runs = [one for side in ("edgeward", *SAME) for one in result.get(side, {}).get("runs", [])]
+    if len({one["answer"]["answers"] for one in runs}) > 1:
+        raise SystemExit(f"{task}: the sides that run the bundle do not agree")
+
+
 def table(results: dict[str, Any]) -> str:
     """Every task with its sides, in Markdown."""
     lines = [
@@ -190,13 +200,15 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for task, result in results["tasks"].items():
-        limit, ours = result.get("limit"), result.get("edgeward", {}).get("scoring")
-        if limit:
-            shares = ", ".join(f"{name} {1e6 * value:.4g}" for name, value in result["stages"].items())
-            lines.append(f"| {task}, {result['rows']:,} rows | limit: µs a row: {shares} | {limit:,.0f} | 1 | | | |")
-        for side in (side for side in SIDES if side in result and side != "stages"):
+        limit, ours = result.get("stages", {}).get("limit"), result.get("edgeward", {}).get("scoring")
+        for side, name in LIMITS.items():
+            if one := result.get(side):
+                shares = ", ".join(f"{name} {1e6 * value:.3g}" for name, value in one["cpu_s"].items())
+                share = f"{one['limit'] / limit:.2f}" if limit else ""
+                lines.append(f"| {task} | {name} (µs a row: {shares}) | {one['limit']:,.0f} | {share} | | | |")
+        for side in (side for side in SIDES if side in result and side not in LIMITS):
             one = result[side]
-            share = f"{one['scoring'] / limit:.2f}" if limit else ""
+            share = f"{one['scoring'] / limit:.3f}" if limit else ""
             times = f"{ours / one['scoring']:.2f}" if ours else ""
             rates = f"{one['scoring']:,.0f} | {share} | {times} | {one['command']:,.0f}"
             lines.append(f"| {task} | {side} | {rates} | {one['peak_mib']:.0f} |")
@@ -213,11 +225,12 @@ def told(results: dict[str, Any]) -> str:
 
 
 def memory(count: int, out: Path) -> dict[str, float]:
-    """Peak memory in MiB by rows."""
+    """Peak memory in MiB by rows, as the report has it: the most that each process held, all together."""
     path, found = bundle("vectors", out), {}
     for many in (count, 100 * count):
-        told = run("edgeward", "vectors", path, rows("vectors", many, out), out)
-        found[str(many)] = told.peak_bytes / 2**20
+        settings = ("--processes", cpu_count(), "--threads", 1, "--batch", 64, "--unit-rows", count // 5)
+        told = run("edgeward", "vectors", path, rows("vectors", many, out), out, *settings)
+        found[str(many)] = told.answer["cost"]["peak_rss"] / 2**20
     return found
 
 
@@ -229,7 +242,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=[*SIDES], metavar="SIDE")
     parser.add_argument("--rows", type=int, help=f"of each task (default {ROWS})")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", type=int, default=20_000, help="rows; 0 leaves it out (default 20000)")
+    parser.add_argument("--memory", type=int, default=50_000, help="rows; 0 leaves it out (default 50000)")
     options = parser.parse_args()
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
@@ -237,7 +250,10 @@ def main() -> None:
     results: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {"tasks": {}}
     results |= {"cpu": cpu_name(), "cores": cpu_count()}
     for task in options.only:
-        results["tasks"][task] = measure(task, options.rows or ROWS[task], options.sides, options.rounds, out)
+        found = measure(task, options.rows or ROWS[task], options.sides, options.rounds, out)
+        before = results["tasks"].get(task, {})
+        results["tasks"][task] = (before if before.get("rows") == found["rows"] else {}) | found
+        check_same(task, results["tasks"][task])
     if options.memory:
         results["memory"] = memory(options.memory, out)
     written = json.dumps(results, indent=1)

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from bundle import outputs, preprocess
 from bundle.errors import BadInput, EdgewardError, ModelError
-from bundle.model import Model, load_model, predict_logits, self_test
+from bundle.model import MAX_ROWS, Model, load_model, predict_logits, self_test
 from bundle.session import Device
 from bundle.store import open_bundle
 from score import answers, drift
@@ -87,7 +87,7 @@ class Scorer:
         self.model: Model = load_model(bundle, device=device, threads=threads)
         self._bundle = bundle
         self._columns = columns(self.model.manifest.tasks)
-        self._batch = batch
+        self._batch = batch if self.model.variant.batch_invariant else MAX_ROWS  # handed to predict_logits together
         self._pool = ThreadPoolExecutor(decoders, "preprocess") if decoders > 1 else None
         self.schema = pa.schema([*self._columns.fields, *answers.STATUS])
 
