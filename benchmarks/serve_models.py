@@ -2,7 +2,7 @@
 
 tiny      100 -> 100 -> 10, float32; no bundle, and without a gate.
 resnet18  A bundle of a ResNet18, int8, at 224 × 224 pixels: JPEG in, label out; as resnet18.onnx uint8 in, logits out.
-float     The same graph behind its scaling: float32 in, logits out.
+float     The same graph, with pixels float32 (N, 3, height, width) in [0, 1] in, logits out; without a gate.
 text      A bundle of MiniLM, int8: tweets of all lengths in, label out.
 joined    The same with other int8, whose answers do not depend on neighbours: its requests can be joined to one run.
 """
@@ -60,9 +60,8 @@ def work(kind: str, out: Path) -> Work:
         case "uint8":
             return Work("resnet18", "resnet18.onnx", _each("image", (_pixels(each)[None] for each in _files(out))))
         case "float32":
-            name = onnx.load(model("float", out)).graph.input[0].name
-            made = (chance.normal(size=(1, 3, SIDE, SIDE)).astype(np.float32) for _ in range(REQUESTS))
-            return Work("float", "float", _each(name, made))
+            made = (chance.random((1, 3, SIDE, SIDE), np.float32) for _ in range(REQUESTS))
+            return Work("float", "float", _each("x", made))
         case "jpeg":
             raws = (np.array([[each.read_bytes()]], object) for each in _files(out))
             return Work("resnet18", "resnet18", _each("image", raws), ("label",))
@@ -178,10 +177,20 @@ def _labelled(out: Path) -> Path:
 
 
 def _make_float(path: Path, out: Path) -> None:
-    whole = onnx.shape_inference.infer_shapes(onnx.load(next(model("resnet18", out).glob("*.onnx"))))
-    first = next(node for node in whole.graph.node if node.op_type == "QuantizeLinear")
-    logits = whole.graph.output[0].name
-    onnx.save(onnx.utils.Extractor(whole).extract_model([first.input[0]], [logits]), path)
+    whole = onnx.load(next(model("resnet18", out).glob("*.onnx")))
+    image = whole.graph.input[0].name
+    del whole.graph.input[:]
+    whole.graph.input.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, SIDE, SIDE]))
+    whole.graph.initializer.append(numpy_helper.from_array(np.float32(255), "x.most"))
+    before = [
+        helper.make_node("Mul", ["x", "x.most"], ["x.scaled"]),
+        helper.make_node("Cast", ["x.scaled"], ["x.pixels"], to=TensorProto.UINT8),
+        helper.make_node("Transpose", ["x.pixels"], [image], perm=[0, 2, 3, 1]),
+    ]
+    nodes = [*before, *whole.graph.node]
+    del whole.graph.node[:]
+    whole.graph.node.extend(nodes)
+    onnx.save(whole, path)
 
 
 def _make_joined(path: Path, out: Path) -> None:
