@@ -231,7 +231,8 @@ class Transport:
         self._server.start(backup_queue=False)
         self._request()
         self._lead = threading.Lock()  # of who takes the events
-        self._leader = self._followers = 0
+        self._leader = 0
+        self._follows: dict[int, bool] = {}  # by thread, each of which writes its own entry
         self._over = False
         self._threads = [threading.Thread(target=self._run, name=f"grpc-{i}", daemon=True) for i in range(2)]
         for thread in self._threads:
@@ -272,9 +273,9 @@ class Transport:
     def _run(self) -> None:
         me = threading.get_ident()
         while not self._over:
-            self._followers += 1
+            self._follows[me] = True
             self._lead.acquire()
-            self._followers -= 1
+            self._follows[me] = False
             self._leader = me
             while self._leader == me and not self._over:
                 self._over = self._turn()
@@ -284,7 +285,7 @@ class Transport:
 
     def _step_aside(self) -> bool:
         """Let the other thread take the events from now on; False: it is not there, or this thread does not."""
-        if self._leader != threading.get_ident() or not self._followers:
+        if self._leader != threading.get_ident() or not any(list(self._follows.values())):
             return False
         self._leader = 0
         self._lead.release()
