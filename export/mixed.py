@@ -15,7 +15,7 @@ import numpy as np
 from bundle.manifest import Record
 from export.placement import Group
 
-READMISSIONS = 4  # groups that are tried in int8 once more
+READMISSIONS = 8  # groups that are tried in int8 once more
 _SUFFIX = re.compile(r"(_nchwc|_token_\d+|_quant|_QuantizeLinear|_DequantizeLinear|_q|_output_\d+)+$")
 
 Passes = Callable[[Sequence[Group]], bool]
