@@ -194,8 +194,8 @@ def choose(candidates: Sequence[Candidate], config: ExportConfig) -> Candidate:
     worthy = [one for one in candidates[1:] if is_faster(one, config.optimize) and fits(one, config)]
     promising = [one for one in worthy if one.promising]
     if promising:
-        slowest = speed(candidates[0], config.optimize)
-        best = min(promising, key=lambda one: (_expected_time(one, slowest, config.optimize), *_accuracy(one)))
+        otherwise = speed(candidates[0], config.optimize)
+        best = min(promising, key=lambda one: (_expected_time(one, otherwise, config.optimize), *_accuracy(one)))
         return min(_as_fast(promising, best, config.optimize), key=_accuracy)
     possible = [one for one in worthy if one.within_budget]
     return min(possible, key=lambda one: (*_accuracy(one), speed(one, config.optimize)), default=candidates[0])

@@ -174,9 +174,10 @@ class Folder:
             FolderFailed: it cannot be removed.
         """
         path = self.inside(name)
-        if (
-            self.system.get_file_info(path).type == fs.FileType.File
-        ):  # of a bucket pyarrow would put an object "FOLDER/"
+        found = self.system.get_file_info(
+            path
+        ).type  # of a bucket pyarrow would put an object "FOLDER/" in place of none
+        if found == fs.FileType.File:
             with self.writing(), suppress(FileNotFoundError):
                 self.system.delete_file(path)
 
