@@ -34,6 +34,14 @@ def _own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module")
+def mood(tmp_path_factory) -> Path:
+    """A bundle of texts with three labels, its graph made by hand."""
+    from tests.serve_bundles import write_text_bundle
+
+    return write_text_bundle(tmp_path_factory.mktemp("bundle") / "mood")
+
+
 @pytest.fixture(scope="session")
 def text_checkpoint(tmp_path_factory) -> Path:
     """A tiny BERT, every weight trained for two epochs on 900 real tweets."""

@@ -20,11 +20,6 @@ OK, BAD_INPUT, FAILED = 0, 1, 2
 
 
 @pytest.fixture(scope="module")
-def mood(tmp_path_factory):
-    return bundles.write_text_bundle(tmp_path_factory.mktemp("bundle") / "mood")
-
-
-@pytest.fixture(scope="module")
 def flowers(tmp_path_factory):
     return bundles.write_vector_bundle(tmp_path_factory.mktemp("bundle") / "flowers", tasks=(bundles.COLOUR,))
 

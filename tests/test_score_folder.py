@@ -9,15 +9,9 @@ import pytest
 from bundle.errors import DataError
 from score import folder
 from score.folder import Folder
-from tests import serve_bundles as bundles
 from tests.score_examples import run, tree, write_csv
 
 LIMIT = 8192  # bytes of a file; the plan is smaller, a part larger
-
-
-@pytest.fixture(scope="module")
-def mood(tmp_path_factory):
-    return bundles.write_text_bundle(tmp_path_factory.mktemp("bundle") / "mood")
 
 
 @pytest.fixture(scope="module")

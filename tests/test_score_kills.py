@@ -6,18 +6,12 @@ import pytest
 
 from benchmarks import mixed_rows, score_kills
 from score.run import score
-from tests import serve_bundles as bundles
 from tests.score_deaths import CODE, MOMENTS, run_and_die
 from tests.score_examples import config, tree
 
 PART = "part-000000-000001.csv"
 FILES = ("_plan.json", f"_{PART}.json", PART, "_report.json", "_report.html", "_SUCCESS")
 TEXTS = ("the film is good", "bad", "a film", "is the film a film?")
-
-
-@pytest.fixture(scope="module")
-def mood(tmp_path_factory):
-    return bundles.write_text_bundle(tmp_path_factory.mktemp("bundle") / "mood")
 
 
 @pytest.fixture(scope="module")

@@ -29,11 +29,6 @@ ROWS = 60
 
 
 @pytest.fixture(scope="module")
-def mood(tmp_path_factory):
-    return bundles.write_text_bundle(tmp_path_factory.mktemp("bundle") / "mood")
-
-
-@pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """Some rows, every seventh of which is bad."""
     path = tmp_path_factory.mktemp("data") / "texts.jsonl"

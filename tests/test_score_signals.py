@@ -11,15 +11,9 @@ import pytest
 
 from benchmarks.score_kills import lives
 from score.signals import terminable
-from tests import serve_bundles as bundles
 from tests.score_examples import run, tree
 
 ROWS, UNIT_ROWS = 16_000, 80
-
-
-@pytest.fixture(scope="module")
-def mood(tmp_path_factory):
-    return bundles.write_text_bundle(tmp_path_factory.mktemp("bundle") / "mood")
 
 
 @pytest.fixture(scope="module")
