@@ -38,6 +38,8 @@ def run(arguments: Sequence[str]) -> int:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors reach us as exceptions, and the user as one line
+    # The thread that waits for events reads the sockets itself, and no other one has to wake it; read with its import.
+    os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     try:
         app(arguments, exit_on_error=False, error_console=errors, result_action="return_value")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
+os.environ["GRPC_EXPERIMENTS"] = "-event_engine_listener"  # before anything imports grpc; as the command line does
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs have it; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
