@@ -35,6 +35,7 @@ KINDS: dict[str, Kind] = {
 LIST = ".txt"  # of images, a path a line
 _BUFFER = 1 << 20
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
+_STORES = {"s3://": "", "gs://": "?retry_limit_seconds=60"}  # pyarrow tries gs:// for 15 minutes
 
 
 class Found(NamedTuple):
@@ -61,17 +62,20 @@ def _place(path: str) -> _Place:
     found = _SCHEME.match(path)
     if not found:
         return _Place(fs.LocalFileSystem(), path, "")
-    if found[0] in ("s3://", "gs://"):
-        return _Place(_bucket(found[0], path.removeprefix(found[0]).split("/")[0]), path[found.end() :], found[0])
+    if found[0] in _STORES:
+        bucket = path[found.end() :].split("/")[0]
+        user, at, _ = bucket.rpartition("@")  # gs://anonymous@BUCKET: without credentials, as pyarrow writes it
+        prefix = found[0] + user + at
+        return _Place(_bucket(found[0] + bucket, _STORES[found[0]]), path.removeprefix(prefix), prefix)
     return _fsspec(path)
 
 
 @cache
-def _bucket(scheme: str, bucket: str) -> Any:
+def _bucket(url: str, options: str) -> Any:
     try:
-        return fs.FileSystem.from_uri(f"{scheme}{bucket}")[0]
+        return fs.FileSystem.from_uri(url + options)[0]
     except (OSError, ValueError, NotImplementedError) as error:
-        raise DataError(f"{scheme}{bucket} cannot be reached: {error}.") from error
+        raise DataError(f"{url} cannot be reached: {error}.") from error
 
 
 def _fsspec(path: str) -> _Place:
