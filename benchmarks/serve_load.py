@@ -2,7 +2,7 @@
 
 Closed loop: so many requests are always under way. Open loop: they come at random at a rate, whether or not earlier
 ones have been answered, and a latency counts from when its request was due. Requests are serialised before, and sent in
-turn over one connection of each process. It speaks by grpcio's completion queue, so that it is not what is measured.
+turn over one connection of each process, as a channel of gRPC does it, by benchmarks/http2.py.
 
 A model that takes texts or images is sent the INPUTs, files or texts; any other one chance numbers.
 """
@@ -11,21 +11,20 @@ import argparse
 import json
 import logging
 import multiprocessing
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import cycle
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import structlog
-from grpc._cython import cygrpc
 
+from benchmarks.http2 import Connection, framed
 from bundle.tensor import NUMPY_TYPES, TensorSpec
 from serve.client import Client, Tls
 from serve.client.calls import infer_request
@@ -68,18 +67,26 @@ class Load:
 
 
 class Caller:
-    """One connection. What is not answered with OK ends the program."""
+    """One connection for all calls of this process. What is not answered with OK ends the program."""
 
     def __init__(self, target: Target) -> None:
-        options = [("grpc.max_receive_message_length", -1), ("grpc.ssl_target_name_override", "localhost")]
-        secret = grpc.ssl_channel_credentials(target.ca)._credentials if target.ca else None
-        self._channel = cygrpc.Channel(target.address.encode(), options[: 2 if secret else 1], secret)
-        self._method = target.method.encode()
-        self._requests = target.requests
-        self._turn = cycle(target.requests)
+        self._target = target
+        self._messages = [framed(request) for request in target.requests]
+        self._turn = cycle(self._messages)
+        self._connection = self._connected()
+
+    def _connected(self) -> Connection:
+        return Connection(self._target.address, self._target.method, self._target.ca)
+
+    def close(self) -> None:
+        """The connection."""
+        self._connection.close()
 
     def closed(self, in_flight: int, seconds: float) -> Load:
         """So many calls are always under way."""
+        if self._connection.worn:
+            self._connection.close()
+            self._connection = self._connected()
         self._closed(in_flight, WARM_UP * seconds)
         return self._closed(in_flight, seconds)
 
@@ -87,75 +94,50 @@ class Caller:
         start = now = time.perf_counter()
         latencies = []
         for _ in range(in_flight):
-            self._begin(next(self._turn), time.perf_counter())
+            self._connection.begin(next(self._turn), now)
         while in_flight:
-            (began, _) = self._ended()
+            ended = self._connection.ended()
             now = time.perf_counter()
-            latencies.append(now - began)
-            if now < start + seconds:
-                self._begin(next(self._turn), time.perf_counter())
-            else:
-                in_flight -= 1
+            for began, _ in ended:
+                latencies.append(now - began)
+                if now < start + seconds:
+                    self._connection.begin(next(self._turn), now)
+                else:
+                    in_flight -= 1
         return Load(np.array(latencies), now - start)
 
     def open(self, rate: float, seconds: float) -> Load:
         """A Poisson process of calls, the same one each time."""
-        start = time.perf_counter()
+        start = now = time.perf_counter()
         gaps = np.random.default_rng(0).exponential(1 / rate, max(1, round(rate * seconds)))
-        due = (start + np.cumsum(gaps)).tolist()
-        sending = threading.Thread(target=self._send, args=(due,))
-        sending.start()
-        latencies = []
-        for _ in due:
-            (moment, _) = self._ended()
-            latencies.append(time.perf_counter() - moment)
-        sending.join()
-        return Load(np.array(latencies), time.perf_counter() - start)
-
-    def _send(self, due: Sequence[float]) -> None:
-        for moment in due:
-            time.sleep(max(0.0, moment - time.perf_counter()))
-            self._begin(next(self._turn), moment)
+        due = deque((start + np.cumsum(gaps)).tolist())
+        latencies: list[float] = []
+        while len(latencies) < len(gaps):
+            while due and due[0] <= now:
+                self._connection.begin(next(self._turn), due.popleft())
+            ended = self._connection.ended(max(0.0, due[0] - now) if due else None)
+            now = time.perf_counter()
+            latencies.extend(now - moment for moment, _ in ended)
+        return Load(np.array(latencies), now - start)
 
     def answers(self, in_flight: int) -> list[bytes]:
         """To each of the requests once."""
-        answers = [b""] * len(self._requests)
-        for i, request in enumerate(self._requests):
-            if i >= in_flight:
-                which, answers[which] = self._ended()
-            self._begin(request, i)
-        for _ in range(min(in_flight, len(answers))):
-            which, answers[which] = self._ended()
+        answers = [b""] * len(self._messages)
+        left = deque(enumerate(self._messages))
+        under_way = 0
+        while left or under_way:
+            while left and under_way < in_flight:
+                number, request = left.popleft()
+                self._connection.begin(request, number)
+                under_way += 1
+            for number, answer in self._connection.ended():
+                answers[number] = answer
+                under_way -= 1
         return answers
-
-    def _begin(self, request: bytes, tag: Any) -> None:
-        operations = (
-            cygrpc.SendInitialMetadataOperation(None, 0),
-            cygrpc.SendMessageOperation(request, 0),
-            cygrpc.SendCloseFromClientOperation(0),
-            cygrpc.ReceiveInitialMetadataOperation(0),
-            cygrpc.ReceiveMessageOperation(0),
-            cygrpc.ReceiveStatusOnClientOperation(0),
-        )
-        self._channel.integrated_call(0, self._method, None, None, None, None, ((operations, tag),))
-
-    def _ended(self) -> tuple[Any, bytes]:
-        """The tag of the next call that has ended, and its answer."""
-        event = self._channel.next_call_event()
-        *_, message, status = event.batch_operations
-        assert status.code() == 0, f"status {status.code()}: {status.details()}"
-        return event.tag, message.message()
-
-
-def call(address: str, method: str, requests: Sequence[bytes], in_flight: int, seconds: float) -> list[float]:
-    """Seconds of every call, closed loop, from this process."""
-    caller = Caller(Target(address, tuple(requests), method))
-    latencies: list[float] = caller.closed(in_flight, seconds).latencies.tolist()
-    return latencies
 
 
 @contextmanager
-def worker(make: Callable[..., Any], *arguments: Any) -> Iterator[Connection]:
+def worker(make: Callable[..., Any], *arguments: Any) -> Iterator[Pipe]:
     """A process of its own with what `make` makes there: send it a method's name and arguments, receive what it gives.
 
     Args:
@@ -175,7 +157,7 @@ def worker(make: Callable[..., Any], *arguments: Any) -> Iterator[Connection]:
         process.kill()
 
 
-def _work(pipe: Connection, make: Callable[..., Any], arguments: Sequence[Any]) -> None:
+def _work(pipe: Pipe, make: Callable[..., Any], arguments: Sequence[Any]) -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     made = make(*arguments)
     while True:
@@ -186,7 +168,7 @@ def _work(pipe: Connection, make: Callable[..., Any], arguments: Sequence[Any]) 
         pipe.send(getattr(made, method)(*given))
 
 
-def ask(pipe: Connection, method: str, *arguments: Any) -> Any:
+def ask(pipe: Pipe, method: str, *arguments: Any) -> Any:
     """What a worker's method gives."""
     pipe.send((method, *arguments))
     return pipe.recv()
@@ -195,7 +177,7 @@ def ask(pipe: Connection, method: str, *arguments: Any) -> Any:
 class Callers:
     """A load from several processes; make it with `calling`."""
 
-    def __init__(self, pipes: Sequence[Connection]) -> None:
+    def __init__(self, pipes: Sequence[Pipe]) -> None:
         self._pipes = pipes
 
     def closed(self, in_flight: int, seconds: float) -> Load:
@@ -214,7 +196,7 @@ class Callers:
         return answers
 
 
-def _together(pipes: Sequence[Connection], jobs: Sequence[tuple[Any, ...]]) -> Load:
+def _together(pipes: Sequence[Pipe], jobs: Sequence[tuple[Any, ...]]) -> Load:
     for pipe, job in zip(pipes, jobs, strict=True):
         pipe.send(job)
     loads = [pipe.recv() for pipe in pipes]
