@@ -9,13 +9,11 @@ from typing import Any, Protocol
 
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from protos import inference_pb2 as pb
 from serve import wire
 from serve.admission import Admission, Hold
-from serve.envelope import Raws, parse_request, parser
+from serve.envelope import Request, parse_request, parser
 from serve.health import Health
 from serve.inference import Inference, Outcome, StepAside
-from serve.inputs import shared_bytes
 from serve.service import Metadata, Service
 
 Sent = Callable[[], None]
@@ -125,11 +123,10 @@ class Answering:
                 work.release()
                 call.fail(work.error)
             else:
-                assert work.response is not None
-                call.finish(work.response.SerializeToString(), sent=work.release)
+                call.finish(work.answer, sent=work.release)
 
         work = Work(self._service, self._admission, answered, self._step_aside)
-        work.start(parse_request(data), len(data), call.metadata, call.deadline)
+        work.start(parse_request(data), call.metadata, call.deadline)
         if not work.ended:
             call.watch(work.cancel)
 
@@ -174,7 +171,7 @@ class Work:
     """One request for inference, on whatever call it came.
 
     Attributes:
-        response: of the model, once it has answered.
+        answer: a ModelInferResponse, once the model has answered.
         error: why there is none.
         ended: whether there is one of them.
     """
@@ -190,7 +187,7 @@ class Work:
             answered: called once, from any thread, also by `start`.
             step_aside: see Answering.
         """
-        self.response: pb.ModelInferResponse | None = None
+        self.answer: bytes | None = None
         self.error: Exception | None = None
         self.ended = False
         self._service, self._admission, self._answered, self._step_aside = service, admission, answered, step_aside
@@ -199,24 +196,17 @@ class Work:
         self._hold: Hold | None = None
         self._arrivals = count()
 
-    def start(
-        self, parsed: tuple[pb.ModelInferRequest, Raws], size: int, metadata: Metadata, deadline: float | None
-    ) -> None:
+    def start(self, request: Request, metadata: Metadata, deadline: float | None) -> None:
         """Queue a request, or run it.
 
         Args:
-            parsed: by parse_request.
-            size: of it, bytes.
+            request: by parse_request.
             metadata: of the call.
             deadline: of the call, in time.monotonic().
         """
-        request, raws = parsed
         try:
-            size += shared_bytes(request)
-            self._hold = self._admission.request(size)
-            self._inference = self._service.begin(
-                request, metadata, self._done, deadline, raws=raws, size=size, step_aside=self._step_aside
-            )
+            self._hold = self._admission.request(request.size)
+            self._inference = self._service.begin(request, metadata, self._done, deadline, self._step_aside)
         except Exception as error:
             self._end(None, error)
         else:
@@ -242,16 +232,16 @@ class Work:
             return
         assert self._inference is not None
         assert self._outcome is not None
-        response, failure = None, None
+        answer, failure = None, None
         try:
-            response = self._inference.answer(self._outcome)
+            answer = self._inference.answer(self._outcome)
         except Exception as error:
             failure = error
         self._service.end(self._inference, failure)
-        self._end(response, failure)
+        self._end(answer, failure)
 
-    def _end(self, response: pb.ModelInferResponse | None, error: Exception | None) -> None:
-        self.response, self.error, self.ended = response, error, True
+    def _end(self, answer: bytes | None, error: Exception | None) -> None:
+        self.answer, self.error, self.ended = answer, error, True
         self._answered(self)
         self._inference = self._outcome = None  # the arrays, which a call that is being written need not keep
 
@@ -276,18 +266,18 @@ class _Inferences:
 
     def _received(self, data: bytes | None) -> None:
         try:
-            parsed = None if data is None else parse_request(data)
+            request = None if data is None else parse_request(data)
         except Exception as error:
-            parsed, self._fault = None, error
-        if parsed is None or data is None:
+            request, self._fault = None, error
+        if request is None:
             with self._lock:
                 self._reading = self._more = False
                 self._advance()
             return
         work = Work(self._service, self._admission, self._answered, _stay)
         with self._lock:
-            self._works.append((parsed[0].id, work))
-        work.start(parsed, len(data), self._stream.metadata, None)
+            self._works.append((request.id, work))
+        work.start(request, self._stream.metadata, None)
         with self._lock:
             self._reading = False
         self._read_on()
@@ -343,6 +333,6 @@ def _stay() -> bool:
 
 def _streamed(name: str, work: Work) -> bytes:
     if work.error:
-        return wire.streamed_error(work.error, name).SerializeToString()
-    assert work.response is not None
-    return wire.streamed(work.response).SerializeToString()
+        return wire.streamed_error(work.error, name)
+    assert work.answer is not None
+    return wire.streamed(work.answer)

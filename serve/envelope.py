@@ -1,14 +1,24 @@
-"""Bytes -> messages; of requests with large tensors only what describes these is parsed, and they are not copied."""
+"""Bytes -> messages. Of a request for inference only what describes its tensors is parsed, once for all that are alike.
+
+The requests of a client differ in their ids and tensors and in little else. What is left without these is the envelope;
+whatever follows from its bytes alone is found out once, and kept with it.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 from google.protobuf.message import DecodeError
 
 from bundle.errors import BadInput
 from protos import inference_pb2 as pb
+from serve.inputs import shared_bytes
+from serve.parameters import RequestOptions, read_request
 
-_SMALL = 64 << 10  # bytes; up to here protobuf is faster than a loop
+KEPT = 256  # envelopes, and as many plans of each model
+_LARGE = 4 << 10  # bytes; of an envelope that is not kept, as one with tensors in it
+_SMALL = 64 << 10  # bytes; of tensors that are copied, and then lie where the machine may expect them
+_ID = 3 << 3 | 2  # the tag of id
 _RAW = 7 << 3 | 2  # the tag of raw_input_contents
 _LENGTH = 2  # the wire type of everything else that a ModelInferRequest has, too
 
@@ -31,45 +41,102 @@ def parser(kind: str) -> Callable[[bytes], Any]:
 _parse = parser("ModelInferRequest")
 
 
-def parse_request(data: bytes) -> tuple[pb.ModelInferRequest, Raws]:
-    """A request, and its raw_input_contents; of a large message these are views, and the request has none.
+class Envelope:
+    """A request without its id and its raw contents.
+
+    Attributes:
+        message: as it came; its id and its raw contents are not to be read.
+        model_name: that is asked for.
+        model_version: the same; "" for the highest there is.
+        shared_bytes: that the inputs take in shared memory, as they claim.
+        kept: whether requests that are alike have this same object.
+    """
+
+    def __init__(self, message: pb.ModelInferRequest, *, kept: bool) -> None:
+        self.message, self.kept = message, kept
+        self.model_name: str = message.model_name  # every look at a field of a message makes new objects
+        self.model_version: str = message.model_version
+        self.shared_bytes = shared_bytes(message)
+
+    @cached_property
+    def options(self) -> RequestOptions:
+        """What it asks for beside its tensors; BadInput or NotSupported, if that cannot be."""
+        return read_request(self.message.parameters)
+
+
+class Request(NamedTuple):
+    """One request for inference.
+
+    Attributes:
+        envelope: all but what follows.
+        id: that comes back in the answer.
+        raws: its raw_input_contents.
+        size: bytes of the message, and of what it claims in shared memory.
+    """
+
+    envelope: Envelope
+    id: str
+    raws: Raws
+    size: int
+
+
+def parse_request(data: bytes) -> Request:
+    """A ModelInferRequest; of a large one the raw contents are views.
 
     Raises:
         BadInput: the bytes are no such message.
     """
-    parts = None if len(data) < _SMALL else _split(data)
+    parts = _split(data)
     if parts is None:
-        request = _parse(data)
-        return request, request.raw_input_contents
-    envelope, raws = parts
-    return _parse(envelope), raws
+        message = _parse(data)
+        envelope, name, raws = Envelope(message, kept=False), message.id, list(message.raw_input_contents)
+    else:
+        rest, name, raws = parts
+        envelope = _kept(rest) if len(rest) < _LARGE else Envelope(_parse(rest), kept=False)
+    return Request(envelope, name, raws, len(data) + envelope.shared_bytes)
 
 
-def _split(data: bytes) -> tuple[bytes, list[memoryview]] | None:
-    """All other fields, in their order, and the raw contents; None: it has something that only protobuf knows to read.
+@lru_cache(KEPT)
+def _kept(data: bytes) -> Envelope:
+    return Envelope(_parse(data), kept=True)
+
+
+def _split(data: bytes) -> tuple[bytes, str, list[bytes | memoryview]] | None:
+    """All other fields, in their order, the id and the raw contents; None: there is what only protobuf knows to read.
 
     https://protobuf.dev/programming-guides/encoding: a message is a row of fields, each a tag (number << 3 | wire type)
     and, for this wire type, a length and so many bytes. Tags of fields up to 15 are one byte.
     """
-    view, size = memoryview(data), len(data)
-    others, raws, position = [], [], 0
+    size = len(data)
+    view = data if size < _SMALL else memoryview(data)
+    others, name, position = [], b"", 0
+    raws: list[bytes | memoryview] = []
     while position < size:
         tag = data[position]
         if tag & 7 != _LENGTH or not 0 < tag >> 3 < 16:
             return None
-        length, start = _varint(data, position + 1)
-        end = start + length
+        start = position + 2
+        if position + 1 < size and data[position + 1] < 128:
+            end = start + data[position + 1]
+        else:
+            length, start = _read_varint(data, position + 1)
+            end = start + length
         if not 0 < start <= end <= size:
             return None
         if tag == _RAW:
             raws.append(view[start:end])
+        elif tag == _ID:
+            name = data[start:end]
         else:
             others.append(view[position:end])
         position = end
-    return b"".join(others), raws
+    try:
+        return b"".join(others), name.decode(), raws
+    except UnicodeDecodeError:
+        return None
 
 
-def _varint(data: bytes, position: int) -> tuple[int, int]:
+def _read_varint(data: bytes, position: int) -> tuple[int, int]:
     """A length of at most 28 bits, and where what follows it begins; 0, if it is longer or cut off."""
     value = 0
     for index, byte in enumerate(data[position : position + 4]):
@@ -77,3 +144,10 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
         if byte < 128:
             return value, position + index + 1
     return 0, 0
+
+
+def varint(number: int) -> bytes:
+    """A length, as protobuf writes it."""
+    if number < 128:
+        return bytes((number,))
+    return bytes((number & 127 | 128,)) + varint(number >> 7)

@@ -1,20 +1,18 @@
 """One ModelInfer on its way: read, queued, run, answered."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from bundle.errors import BadInput
-from protos import inference_pb2 as pb
-from serve.envelope import Raws
+from serve.envelope import Request
 from serve.inputs import read_inputs
-from serve.outputs import Wanted, read_outputs, write_outputs
-from serve.parameters import read_request
+from serve.outputs import Wanted, find_parts, write_answer
 from serve.queue import Job
 from serve.repository import Served
-from serve.shared_memory import Regions
+from serve.shared_memory import Part, Regions
 
 Outcome = Mapping[str, np.ndarray] | Exception
 StepAside = Callable[[], bool]
@@ -31,14 +29,11 @@ class Inference:
 
     def __init__(
         self,
-        request: pb.ModelInferRequest,
+        request: Request,
         regions: Regions,
         done: Callable[[Outcome], None],
         deadline: float | None,
-        *,
-        raws: Raws | None = None,
-        size: int = 0,
-        step_aside: StepAside | None = None,
+        step_aside: StepAside | None,
     ) -> None:
         """Read what does not depend on the model.
 
@@ -47,8 +42,6 @@ class Inference:
             regions: of shared memory.
             done: called once, from any thread, with what `answer` takes.
             deadline: time.monotonic() when nobody waits for the answer any more.
-            raws: its raw_input_contents, where they were taken out of it.
-            size: bytes of the request; 0: nobody knows.
             step_aside: lets the caller's thread run a model, which takes no time from others once this has returned
                 True. It is not asked when the run is likely to be short. None: another thread runs it in any case.
 
@@ -56,9 +49,9 @@ class Inference:
             BadInput, NotSupported: the request's parameters.
         """
         self._request, self._regions, self._done, self._deadline = request, regions, done, deadline
-        self._raws, self._size, self._step_aside = raws, size, step_aside
-        self._options = read_request(request.parameters)
-        self._wanted: list[Wanted] = []
+        self._options, self._step_aside = request.envelope.options, step_aside
+        self._wanted: Sequence[Wanted] = ()
+        self._parts: Mapping[str, Part] = {}
         self.served: Served | None = None
         self.job: Job | None = None
         self.trace: Any = None
@@ -71,30 +64,29 @@ class Inference:
             NotReady: too much waits already, or the model is being unloaded.
         """
         start = time.perf_counter_ns()
-        model = served.model
         try:
-            arrays = read_inputs(self._request, model.inputs, model.optional, self._regions, self._raws)
-            self._wanted = read_outputs(self._request, model.outputs, self._regions)
-            rows = model.rows(arrays)
+            plan = served.plan(self._request.envelope)
+            arrays = read_inputs(plan.inputs, self._request.raws, self._regions)
+            self._wanted, self._parts = plan.wanted, find_parts(plan.wanted, self._regions)
         except BadInput:
             served.statistics.failed("bad_input", time.perf_counter_ns() - start)
             raise
         self.served = served
         self.job = Job(
             arrays=arrays,
-            rows=rows,
-            key=model.key(arrays),
+            rows=plan.rows,
+            key=served.model.key(arrays),
             done=self._done,
             level=self._options.priority,
             timeout_s=self._options.timeout_s,
             deadline=self._deadline,
-            size=self._size,
+            size=self._request.size,
         )
         if not (self._step_aside and served.scheduler.try_inline(self.job, self._step_aside)):
             served.scheduler.submit(self.job)
 
-    def answer(self, outcome: Outcome) -> pb.ModelInferResponse:
-        """What `done` was given, as the response.
+    def answer(self, outcome: Outcome) -> bytes:
+        """What `done` was given, as a ModelInferResponse.
 
         Raises:
             EdgewardError: it was an error, or the answer does not fit where it is to be written.
@@ -103,9 +95,15 @@ class Inference:
             raise outcome
         assert self.served is not None
         model = self.served.model
-        response = pb.ModelInferResponse(model_name=model.name, model_version=str(model.version), id=self._request.id)
-        write_outputs(response, self._wanted, outcome, model.labels, batched=model.max_batch > 0)
-        return response
+        return write_answer(
+            (model.name, str(model.version)),
+            self._request.id,
+            self._wanted,
+            self._parts,
+            outcome,
+            model.labels,
+            batched=model.max_batch > 0,
+        )
 
     def cancel(self) -> None:
         """Nobody waits any more: drop it, unless it runs already."""
@@ -114,11 +112,11 @@ class Inference:
 
     def facts(self) -> dict[str, Any]:
         """What logs and traces say of it; of the model what was asked for, until it is queued."""
-        request, served, job = self._request, self.served, self.job
+        envelope, served, job = self._request.envelope, self.served, self.job
         return {
-            "model": request.model_name,
-            "version": served.model.version if served else request.model_version,
-            "id": request.id,
+            "model": envelope.model_name,
+            "version": served.model.version if served else envelope.model_version,
+            "id": self._request.id,
             "rows": job.rows if job else 0,
             "times": job.times if job else None,
         }

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,21 +16,54 @@ from serve.tensors import Tensor, from_contents, from_raw
 MAX_BYTES = 2**31 - 1  # of one tensor; no gRPC message is longer
 
 
-def read_inputs(
-    request: pb.ModelInferRequest,
-    specs: Sequence[TensorSpec],
-    optional: Collection[str],
-    regions: Regions,
-    raws: Sequence[bytes | memoryview] | None = None,
-) -> dict[str, np.ndarray]:
-    """The arrays of a request, each of exactly the datatype and a shape that its spec allows.
+@dataclass(frozen=True, slots=True)
+class Input:
+    """An input of a request, but for its elements.
+
+    Attributes:
+        name: of the model's input.
+        datatype: the model's.
+        shape: one that the model takes.
+        place: in shared memory, where its bytes are instead of the message.
+        tensor: as it came.
+        has_contents: whether there are typed contents in it.
+        where: what the errors call it.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    place: Place | None
+    tensor: Tensor
+    has_contents: bool
+    where: str
+
+
+def describe_inputs(
+    request: pb.ModelInferRequest, specs: Sequence[TensorSpec], optional: Collection[str]
+) -> tuple[Input, ...]:
+    """What a request says of its inputs, in its order, each of exactly the datatype and a shape that its spec allows.
 
     Args:
         request: as it came.
         specs: what the model takes.
         optional: names of inputs that may be left out.
+
+    Raises:
+        BadInput: naming the input, what was expected and what came.
+    """
+    expected = {spec.name: spec for spec in specs}
+    _check_names([tensor.name for tensor in request.inputs], list(expected), optional)
+    return tuple(_described(tensor, expected[tensor.name]) for tensor in request.inputs)
+
+
+def read_inputs(inputs: Sequence[Input], raws: Sequence[bytes | memoryview], regions: Regions) -> dict[str, np.ndarray]:
+    """The arrays of a request.
+
+    Args:
+        inputs: by describe_inputs.
+        raws: raw_input_contents of the request; without any, the inputs have typed contents.
         regions: shared memory that inputs may lie in.
-        raws: its raw_input_contents, where they were taken out of it.
 
     Returns:
         Arrays by name, read-only, little-endian; BYTES as objects that are bytes.
@@ -38,28 +72,23 @@ def read_inputs(
         BadInput: naming the input, what was expected and what came.
         EdgewardError: shared memory that an input lies in is not there.
     """
-    tensors = list(request.inputs)  # every look at a field of a message makes new objects
-    expected = {spec.name: spec for spec in specs}
-    names = [tensor.name for tensor in tensors]
-    if len(names) != len(expected) or set(names) != expected.keys():
-        _check_names(names, list(expected), optional)
-    places = [_place(tensor) if tensor.parameters else None for tensor in tensors]
-    raws = list(request.raw_input_contents if raws is None else raws)
-    sent = places.count(None)
+    sent = [each.place for each in inputs].count(None)
     if raws and len(raws) != sent:
-        beside = " outside shared memory" if sent < len(places) else ""
+        beside = " outside shared memory" if sent < len(inputs) else ""
         raise BadInput(f"raw_input_contents has {len(raws)} entries for {sent} inputs{beside}; expected as many.")
     entries = iter(raws)
     arrays = {}
-    for name, tensor, place in zip(names, tensors, places, strict=True):
-        shape = _checked_shape(tensor, expected[name])
+    for each in inputs:
+        place = each.place
         if place is None and not raws:
-            arrays[name] = from_contents(tensor, shape)
+            arrays[each.name] = from_contents(each.tensor, each.shape)
             continue
-        _check_no_contents(tensor, place)
+        if each.has_contents:
+            other = "it is in shared memory" if place else "the request has raw_input_contents"
+            raise BadInput(f"{each.where} has contents, but {other}; send one.")
         raw = regions.part(place.region, place.offset, place.byte_size).read() if place else next(entries)
-        array = from_raw(raw, tensor.datatype, shape, f"input {name!r}")
-        arrays[name] = array if array.flags.aligned else array.copy()  # a view of a message can begin anywhere
+        array = from_raw(raw, each.datatype, each.shape, each.where)
+        arrays[each.name] = array if array.flags.aligned else array.copy()  # a view of a message can begin anywhere
     return arrays
 
 
@@ -74,8 +103,17 @@ def shared_bytes(request: pb.ModelInferRequest) -> int:
     return sum(claim for claim in claims if claim <= MAX_BYTES)
 
 
-def _place(tensor: Tensor) -> Place | None:
-    return read_input(tensor.parameters, f"input {tensor.name!r}").place
+def _described(tensor: Tensor, spec: TensorSpec) -> Input:
+    where = f"input {spec.name!r}"
+    return Input(
+        name=spec.name,
+        datatype=spec.datatype,
+        shape=_checked_shape(tensor, spec),
+        place=read_input(tensor.parameters, where).place,
+        tensor=tensor,
+        has_contents=tensor.HasField("contents") and bool(tensor.contents.ListFields()),
+        where=where,
+    )
 
 
 def _check_names(names: Sequence[str], known: Sequence[str], optional: Collection[str]) -> None:
@@ -90,12 +128,6 @@ def _check_names(names: Sequence[str], known: Sequence[str], optional: Collectio
         raise BadInput(
             f"input {', '.join(map(repr, missing))} is missing: expected {len(known)} inputs, got {len(names)}."
         )
-
-
-def _check_no_contents(tensor: Tensor, place: Place | None) -> None:
-    if tensor.HasField("contents") and tensor.contents.ListFields():
-        other = "it is in shared memory" if place else "the request has raw_input_contents"
-        raise BadInput(f"input {tensor.name!r} has contents, but {other}; send one.")
 
 
 def _checked_shape(tensor: Tensor, spec: TensorSpec) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,10 +25,12 @@ from bundle.store import open_bundle
 from bundle.tensor import NUMPY_TYPES, TensorSpec
 from protos import inference_pb2 as pb
 from serve.config import ServeConfig
+from serve.envelope import Envelope
 from serve.errors import ConfigRefused, GateNotPassed, StartError, forget_frames
 from serve.layout import Place
 from serve.models import ServedModel, bare_graph, check_gate, default_policy, plain_graph, served_bundle
 from serve.pbtxt import THREADS, choose_device, choose_threads, complete, queue_policy, read_labels
+from serve.plan import Plan, planner
 from serve.scheduler import Scheduler
 from serve.spare import Spare
 from serve.statistics import Statistics
@@ -54,6 +57,7 @@ class Served:
     scheduler: Scheduler
     statistics: Statistics
     loaded_s: float  # how long loading took
+    plan: Callable[[Envelope], Plan]  # of a request to it
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +126,7 @@ def load_place(place: Place, config: ServeConfig) -> Loaded | Refused:
 
 def _served(model: ServedModel, loaded_s: float) -> Served:
     statistics = Statistics()
-    return Served(model, Scheduler(model, model.policy, statistics), statistics, loaded_s)
+    return Served(model, Scheduler(model, model.policy, statistics), statistics, loaded_s, planner(model))
 
 
 def _load(place: Place, config: ServeConfig) -> tuple[ServedModel, ...]:

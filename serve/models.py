@@ -85,21 +85,21 @@ class ServedModel:
     beside: Callable[[], Run | None] = field(default=_nothing, repr=False)
     pads: bool = False
 
-    def rows(self, arrays: Arrays) -> int:
-        """Of one request; 1 where no axis is known to be the batch.
+    def rows(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Of a request whose inputs have these shapes; 1 where no axis is known to be the batch.
 
         Raises:
             BadInput: there are too many, or the inputs differ.
         """
         if not self.max_batch:
             return 1
-        for name, array in arrays.items():
-            if len(array) > self.max_batch:
-                raise BadInput(f"input {name!r} has {len(array)} rows; expected at most {self.max_batch}.")
-        if len({len(array) for array in arrays.values()}) > 1:
-            rows = ", ".join(f"{name!r} has {len(array)}" for name, array in arrays.items())
+        for name, shape in shapes.items():
+            if shape[0] > self.max_batch:
+                raise BadInput(f"input {name!r} has {shape[0]} rows; expected at most {self.max_batch}.")
+        if len({shape[0] for shape in shapes.values()}) > 1:
+            rows = ", ".join(f"{name!r} has {shape[0]}" for name, shape in shapes.items())
             raise BadInput(f"the inputs differ in rows: {rows}; expected the same number.")
-        return next((len(array) for array in arrays.values()), 1)
+        return next((shape[0] for shape in shapes.values()), 1)
 
     def key(self, arrays: Arrays) -> Hashable:
         """Requests of one key may be joined to one run; with None it is never joined."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -9,37 +10,39 @@ from bundle.errors import BadInput
 from bundle.tensor import TensorSpec
 from protos import inference_pb2 as pb
 from serve import classification
-from serve.parameters import read_output
+from serve.envelope import varint
+from serve.parameters import Place, read_output
 from serve.shared_memory import Part, Regions
 from serve.tensors import to_raw
 
+_ID = bytes([3 << 3 | 2])  # the tag of id
+_RAW = bytes([6 << 3 | 2])  # of raw_output_contents
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Wanted:
     """An output that a request asks for.
 
     Attributes:
         spec: of the model's output.
-        part: of shared memory, where its bytes go instead of the message.
+        place: in shared memory, where its bytes go instead of the message.
         classes: how many of the highest values are to come as text; 0: the tensor itself.
     """
 
     spec: TensorSpec
-    part: Part | None = None
+    place: Place | None = None
     classes: int = 0
 
 
-def read_outputs(request: pb.ModelInferRequest, specs: Sequence[TensorSpec], regions: Regions) -> list[Wanted]:
+def read_outputs(request: pb.ModelInferRequest, specs: Sequence[TensorSpec]) -> tuple[Wanted, ...]:
     """What a request asks for, in its order; all that the model gives where it names none.
 
     Args:
         request: as it came.
         specs: what the model gives.
-        regions: shared memory that outputs may go to.
 
     Raises:
         BadInput: an output is unknown or named twice, or cannot come as it is asked for.
-        EdgewardError: shared memory that an output is to go to is not there.
     """
     known = {spec.name: spec for spec in specs}
     wanted: dict[str, Wanted] = {}
@@ -48,34 +51,46 @@ def read_outputs(request: pb.ModelInferRequest, specs: Sequence[TensorSpec], reg
             raise BadInput(f"unexpected output {output.name!r}; the model gives {', '.join(map(repr, known))}.")
         if output.name in wanted:
             raise BadInput(f"output {output.name!r} already exists in request; expected once.")
-        wanted[output.name] = _wanted(output, known[output.name], regions)
-    return list(wanted.values()) or [Wanted(spec) for spec in specs]
+        wanted[output.name] = _wanted(output, known[output.name])
+    return tuple(wanted.values()) or tuple(Wanted(spec) for spec in specs)
 
 
-def _wanted(output: pb.ModelInferRequest.InferRequestedOutputTensor, spec: TensorSpec, regions: Regions) -> Wanted:
+def _wanted(output: pb.ModelInferRequest.InferRequestedOutputTensor, spec: TensorSpec) -> Wanted:
     options = read_output(output.parameters, f"output {output.name!r}")
     if options.classes:
         classification.check(spec)
-    place = options.place
-    part = regions.part(place.region, place.offset, place.byte_size) if place else None
-    return Wanted(spec, part, options.classes)
+    return Wanted(spec, options.place, options.classes)
 
 
-def write_outputs(
-    response: pb.ModelInferResponse,
+def find_parts(wanted: Sequence[Wanted], regions: Regions) -> dict[str, Part]:
+    """Of shared memory, by the outputs that are to go there.
+
+    Raises:
+        EdgewardError: a region is not there, or is smaller than that.
+    """
+    places = [(each.spec.name, each.place) for each in wanted if each.place]
+    return {name: regions.part(place.region, place.offset, place.byte_size) for name, place in places}
+
+
+def write_answer(
+    model: tuple[str, str],
+    request_id: str,
     wanted: Sequence[Wanted],
+    parts: Mapping[str, Part],
     arrays: Mapping[str, np.ndarray],
     labels: Mapping[str, Sequence[str]],
     *,
     batched: bool,
-) -> None:
-    """Add what is wanted to a response, in that order, raw.
+) -> bytes:
+    """A ModelInferResponse with what is wanted, in that order, raw; the same bytes that protobuf makes of it.
 
     An entry whose bytes went to shared memory is empty; the parameters of its output say where they are, and how many.
 
     Args:
-        response: gains outputs and raw_output_contents.
+        model: name and version.
+        request_id: of the request.
         wanted: by read_outputs.
+        parts: by find_parts.
         arrays: by name, of the dtypes of their specs; elements of BYTES are bytes or str.
         labels: by output and class, for the classification extension.
         batched: whether the first axis of every output is the batch.
@@ -83,16 +98,38 @@ def write_outputs(
     Raises:
         BadInput: shared memory does not hold an output.
     """
+    outputs, raws = [], []
     for each in wanted:
         name, datatype, array = each.spec.name, each.spec.datatype, arrays[each.spec.name]
         if each.classes:
             array = classification.top_classes(array, each.classes, labels.get(name, ()), batched=batched)
             datatype = "BYTES"
-        output = response.outputs.add(name=name, datatype=datatype, shape=array.shape)
-        if each.part is None:
-            response.raw_output_contents.append(to_raw(array, datatype))
+        if each.place:
+            outputs.append((name, datatype, array.shape, each.place.region, _moved(array, datatype, parts[name])))
+            raw = b""
         else:
-            response.raw_output_contents.append(b"")
-            size = each.part.write(to_raw(array, datatype) if datatype == "BYTES" else np.ascontiguousarray(array).data)
-            output.parameters["shared_memory_region"].string_param = each.part.region.name
+            outputs.append((name, datatype, array.shape, "", 0))
+            raw = to_raw(array, datatype)
+        raws += [_RAW, varint(len(raw)), raw]
+    head, described = _described(model, tuple(outputs))
+    own = request_id.encode()
+    return b"".join([head, *([_ID, varint(len(own)), own] if own else ()), described, *raws])
+
+
+def _moved(array: np.ndarray, datatype: str, part: Part) -> int:
+    """The bytes that were written to shared memory."""
+    return part.write(to_raw(array, datatype) if datatype == "BYTES" else np.ascontiguousarray(array).data)
+
+
+@lru_cache(1024)  # most answers of a model are alike
+def _described(
+    model: tuple[str, str], outputs: tuple[tuple[str, str, tuple[int, ...], str, int], ...]
+) -> tuple[bytes, bytes]:
+    """What an answer has before its id, and what it has between that and the raw contents."""
+    head, described = pb.ModelInferResponse(model_name=model[0], model_version=model[1]), pb.ModelInferResponse()
+    for name, datatype, shape, region, size in outputs:
+        output = described.outputs.add(name=name, datatype=datatype, shape=shape)
+        if region:
+            output.parameters["shared_memory_region"].string_param = region
             output.parameters["shared_memory_byte_size"].int64_param = size
+    return head.SerializeToString(), described.SerializeToString()

@@ -15,7 +15,7 @@ from protos import inference_pb2 as pb
 from serve import logs
 from serve.config import ServeConfig
 from serve.configuration import model_config, model_metadata
-from serve.envelope import Raws
+from serve.envelope import Request
 from serve.errors import (
     AlreadyExists,
     Cancelled,
@@ -229,7 +229,7 @@ class Service:
     @contextmanager
     def call(
         self,
-        request: pb.ModelInferRequest,
+        request: Request,
         metadata: Metadata,
         done: Callable[[Outcome], None],
         deadline: float | None = None,
@@ -255,13 +255,10 @@ class Service:
 
     def begin(
         self,
-        request: pb.ModelInferRequest,
+        request: Request,
         metadata: Metadata,
         done: Callable[[Outcome], None],
         deadline: float | None,
-        *,
-        raws: Raws | None = None,
-        size: int = 0,
         step_aside: StepAside | None = None,
     ) -> Inference:
         """As `call`, for those who cannot wait within a block: what was begun is to be ended once.
@@ -271,19 +268,17 @@ class Service:
             metadata: of the call.
             done: may be called before this returns.
             deadline: time.monotonic().
-            raws: its raw_input_contents, where they were taken out of it.
-            size: bytes of the request; 0: nobody knows.
             step_aside: see Inference.
 
         Raises:
             EdgewardError: see `call`; then nothing was begun.
         """
-        inference = Inference(request, self._regions, done, deadline, raws=raws, size=size, step_aside=step_aside)
+        inference = Inference(request, self._regions, done, deadline, step_aside)
         if self._tracer:
             inference.trace = self._tracer.begin(metadata)
         self._enter()
         try:
-            self._repository.call(request.model_name, request.model_version, inference.queue)
+            self._repository.call(request.envelope.model_name, request.envelope.model_version, inference.queue)
         except BaseException as error:
             self.end(inference, error)
             raise

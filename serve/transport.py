@@ -16,8 +16,7 @@ from protos import inference_pb2 as pb
 from serve import wire
 from serve.admission import Admission
 from serve.config import ServeConfig
-from serve.envelope import parser
-from serve.inputs import shared_bytes
+from serve.envelope import Request, parse_request, parser
 from serve.security import Tokens
 from serve.service import Metadata, Service, status
 
@@ -110,10 +109,12 @@ class Transport:
         for method in wire.SERVICE.methods:
             name, kind, response = method.name, method.input_type.name, getattr(pb, method.output_type.name)
             if name == "ModelStreamInfer":
-                made = grpc.stream_stream_rpc_method_handler(self._stream, parser(kind), _serialize)
+                made = grpc.stream_stream_rpc_method_handler(self._stream, parse_request)
+            elif name == "ModelInfer":
+                made = grpc.stream_unary_rpc_method_handler(_answering(self._infer, bytes), parse_request)
             else:  # as a stream of one, so that it is called before the request has arrived
-                call = self._infer if name == "ModelInfer" else self._plain(name)
-                made = grpc.stream_unary_rpc_method_handler(_answering(call, response), parser(kind), _serialize)
+                call = _answering(self._plain(name), response)
+                made = grpc.stream_unary_rpc_method_handler(call, parser(kind), _serialize)
             handlers[f"/{wire.SERVICE.full_name}/{name}"] = made
         handlers[wire.REFLECTION] = _reflection()
         return handlers
@@ -127,14 +128,12 @@ class Transport:
 
         return answer
 
-    async def _infer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
+    async def _infer(self, request: Request, context: Context) -> bytes:
         left = context.time_remaining()
         deadline = None if left is None else time.monotonic() + left
         return await self._answered(request, context.invocation_metadata(), deadline)
 
-    async def _answered(
-        self, request: pb.ModelInferRequest, metadata: Metadata, deadline: float | None
-    ) -> pb.ModelInferResponse:
+    async def _answered(self, request: Request, metadata: Metadata, deadline: float | None) -> bytes:
         """The answer to one request, on whatever call it came; its work is dropped when the call is cancelled."""
         waiting: asyncio.Future[Any] = self._loop.create_future()
 
@@ -142,21 +141,18 @@ class Transport:
             with suppress(RuntimeError):  # the loop is closed: the call was cut off
                 self._loop.call_soon_threadsafe(_settle, waiting, outcome)
 
-        size = request.ByteSize() + shared_bytes(request)
-        with self._admission.request(size), self._service.call(request, metadata, done, deadline) as inference:
+        with self._admission.request(request.size), self._service.call(request, metadata, done, deadline) as inference:
             try:
                 return inference.answer(await waiting)
             except asyncio.CancelledError:
                 inference.cancel()
                 raise
 
-    async def _stream(
-        self, requests: AsyncIterator[pb.ModelInferRequest], context: Context
-    ) -> AsyncIterator[pb.ModelStreamInferResponse]:
+    async def _stream(self, requests: AsyncIterator[Request], context: Context) -> AsyncIterator[bytes]:
         """Requests are run side by side and answered in their order; an error is a message, or ends the stream."""
         metadata = context.invocation_metadata()
         ends = dict(metadata).get(wire.ENDS) == "true"
-        started: asyncio.Queue[tuple[str, asyncio.Task[pb.ModelInferResponse]] | None] = asyncio.Queue(wire.WINDOW)
+        started: asyncio.Queue[tuple[str, asyncio.Task[bytes]] | None] = asyncio.Queue(wire.WINDOW)
 
         async def read() -> None:
             try:
@@ -247,7 +243,7 @@ def _serialize(message: Any) -> bytes:
     return data
 
 
-async def _streamed(name: str, task: "asyncio.Task[pb.ModelInferResponse]", ends: bool) -> pb.ModelStreamInferResponse:
+async def _streamed(name: str, task: "asyncio.Task[bytes]", ends: bool) -> bytes:
     """One answer of a stream, marked as the only one to its request."""
     try:
         response = await task

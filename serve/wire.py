@@ -6,6 +6,7 @@ from grpc_reflection.v1alpha import reflection
 from bundle.errors import BadInput
 from protos import inference_pb2 as pb
 from serve.config import ServeConfig
+from serve.envelope import varint
 from serve.errors import DeadlineExceeded, StartError
 from serve.service import status
 
@@ -17,6 +18,11 @@ ENDS = "triton_grpc_error"  # metadata: an error ends the stream, as its status
 
 WINDOW = 64  # requests of one stream that are in work; more are not read
 RECEIVE_S = 60  # in which a request has to arrive
+
+_ANSWER = bytes([2 << 3 | 2])  # the tag of infer_response
+_LAST: bytes = pb.ModelInferResponse(
+    parameters={"triton_final_response": pb.InferParameter(bool_param=True)}
+).SerializeToString()  # wherever it stands in an answer
 
 _OPTIONS = {
     "grpc.max_concurrent_streams": 1024,  # of a connection; more calls wait at the client
@@ -57,14 +63,15 @@ def not_bound(address: str) -> StartError:
     )
 
 
-def streamed(response: pb.ModelInferResponse) -> pb.ModelStreamInferResponse:
+def streamed(answer: bytes) -> bytes:
     """An answer on a stream, marked as the only one to its request."""
-    response.parameters["triton_final_response"].bool_param = True
-    return pb.ModelStreamInferResponse(infer_response=response)
+    return b"".join([_ANSWER, varint(len(answer) + len(_LAST)), answer, _LAST])
 
 
-def streamed_error(error: Exception, request_id: str) -> pb.ModelStreamInferResponse:
+def streamed_error(error: Exception, request_id: str) -> bytes:
     """An error on a stream that goes on."""
-    return pb.ModelStreamInferResponse(
+    answer = pb.ModelStreamInferResponse(
         error_message=status(error)[1], infer_response=pb.ModelInferResponse(id=request_id)
     )
+    data: bytes = answer.SerializeToString()
+    return data

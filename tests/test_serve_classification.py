@@ -10,7 +10,7 @@ from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serve.classification import check, top_classes
 from serve.config import ServeConfig
-from serve.outputs import Wanted, write_outputs
+from serve.outputs import Wanted, write_answer
 from serve.server import start
 from serve.tensors import from_raw
 from tests.serve_bundles import identity, write_text_bundle
@@ -102,13 +102,14 @@ def test_only_numbers_have_an_order(datatype):
 
 def test_an_answer_holds_classes_beside_tensors():
     """Only the output that was asked for as classes is text; labels are those of its own name."""
-    response = pb.ModelInferResponse()
     specs = [TensorSpec("score", "FP32", (-1, 3)), TensorSpec("size", "INT64", (-1,))]
     arrays = {"score": SCORES, "size": np.array([1, 2])}
     labels = {"score": ("a", "b", "c"), "size": ("wrong",)}
 
-    write_outputs(response, [Wanted(specs[0], classes=1), Wanted(specs[1])], arrays, labels, batched=True)
+    wanted = [Wanted(specs[0], classes=1), Wanted(specs[1])]
+    answer = write_answer(("m", "1"), "", wanted, {}, arrays, labels, batched=True)
 
+    response = pb.ModelInferResponse.FromString(answer)
     score, size = response.outputs
     assert (score.datatype, list(score.shape)) == ("BYTES", [2, 1])
     assert texts(from_raw(response.raw_output_contents[0], "BYTES", (2, 1), "")) == [["0.500000:1:b"], ["3.000000:0:a"]]

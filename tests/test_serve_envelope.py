@@ -10,7 +10,7 @@ from bundle.errors import BadInput
 from bundle.tensor import TensorSpec
 from protos import inference_pb2 as pb
 from serve import envelope
-from serve.inputs import read_inputs
+from serve.inputs import describe_inputs, read_inputs
 from serve.shared_memory import Regions
 
 
@@ -40,8 +40,11 @@ def same(data):
         with pytest.raises(BadInput):
             envelope.parse_request(data)
         return True
-    request, raws = envelope.parse_request(data)
-    raws = list(raws)
+    first, again = envelope.parse_request(data), envelope.parse_request(data)
+    assert first.envelope.message == again.envelope.message
+    request, raws = pb.ModelInferRequest(), list(first.raws)
+    request.CopyFrom(first.envelope.message)
+    request.id = first.id
     wanted = list(expected.raw_input_contents)
     for message in (expected, request):
         message.ClearField("raw_input_contents")
@@ -55,7 +58,7 @@ def test_random_requests_are_read_as_protobuf_reads_them():
         request = random_request(chance)
         assert same(request.SerializeToString())
 
-    raws = envelope.parse_request(request.SerializeToString())[1]
+    raws = envelope.parse_request(request.SerializeToString()).raws
     assert all(isinstance(raw, memoryview) for raw in raws)
 
 
@@ -116,8 +119,8 @@ def test_tensors_lie_where_the_machine_may_expect_them():
             request.inputs.add(name=spec.name, datatype=spec.datatype, shape=spec.shape)
             request.raw_input_contents.append(values[spec.name].tobytes())
 
-        parsed, raws = envelope.parse_request(request.SerializeToString())
-        arrays = read_inputs(parsed, specs, (), Regions(enabled=False), raws)
+        parsed = envelope.parse_request(request.SerializeToString())
+        arrays = read_inputs(describe_inputs(parsed.envelope.message, specs, ()), parsed.raws, Regions(enabled=False))
 
         assert all(array.flags.aligned for array in arrays.values())
         assert not arrays["u"].flags.owndata

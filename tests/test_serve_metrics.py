@@ -69,7 +69,7 @@ class Waits:
 def served(name="mood", version=3, model=None, statistics=None):
     statistics = statistics or Statistics()
     scheduler = Scheduler(model or Waits(), Policy(), statistics)
-    return Served(SimpleNamespace(name=name, version=version), scheduler, statistics, 1.5)
+    return Served(SimpleNamespace(name=name, version=version), scheduler, statistics, 1.5, print)
 
 
 def samples(metrics):

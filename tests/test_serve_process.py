@@ -16,6 +16,7 @@ from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serve.client import Client
 from serve.config import ServeConfig
+from serve.envelope import parse_request
 from serve.errors import NotReady, ServerError, StartError
 from serve.repository import open_repository
 from serve.server import start
@@ -230,5 +231,5 @@ def test_a_drained_service_refuses_by_status(slow):
     assert not service.ModelReady(pb.ModelReadyRequest(name="slow")).ready
     assert service.ServerLive(pb.ServerLiveRequest()).live
     with pytest.raises(NotReady, match="stopping") as refused:
-        service.call(pb.ModelInferRequest(model_name="slow"), (), print).__enter__()
+        service.call(parse_request(pb.ModelInferRequest(model_name="slow").SerializeToString()), (), print).__enter__()
     assert status(refused.value)[0] is grpc.StatusCode.UNAVAILABLE
