@@ -9,6 +9,7 @@ from onnx import TensorProto, helper
 
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
+from serve import envelope
 from serve.config import ServeConfig
 from serve.server import start
 from tests.serve_bundles import identity, model_bytes, write_text_bundle
@@ -156,6 +157,34 @@ def test_random_damage_is_refused_by_the_table_and_harms_nobody(server, damage):
         assert {len(stub.ModelInfer(request, timeout=10).outputs) for request in requests} == {1, 3}
     assert "INVALID_ARGUMENT" in codes
     assert "NOT_FOUND" in codes
+
+
+@pytest.mark.parametrize("damage", [damaged_bytes, damaged_fields])
+def test_what_was_kept_of_a_request_before_changes_no_answer(server, damage, monkeypatch):
+    """Good or bad, the first of two equal requests, the second, and one that protobuf alone read get the same."""
+    chance = random.Random(6)
+    requests = good()
+    with grpc.insecure_channel(server.address) as channel:
+        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        for number in range(ROUNDS):
+            request = requests[number % len(requests)]
+            request.id = "é" * chance.choice([0, 1, 63, 64, 9000])
+            sent = request if damage is damaged_fields else request.SerializeToString()
+            data = damage(sent, chance) if chance.random() < 0.9 else request.SerializeToString()
+            first, second = outcome(call, data), outcome(call, data)
+            with monkeypatch.context() as patch:
+                patch.setattr(envelope, "_split", lambda data: None)
+                assert first == second == outcome(call, data), data
+            if isinstance(first, bytes):
+                assert first == pb.ModelInferResponse.FromString(first).SerializeToString()
+
+
+def outcome(call, data):
+    """The answer, or what is told instead."""
+    try:
+        return call(data, timeout=10)
+    except grpc.RpcError as error:
+        return error.code(), error.details()
 
 
 def status(call, data):
