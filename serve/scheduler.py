@@ -60,7 +60,6 @@ class Scheduler:
         self._started = False
         self._closed = False
         self._busy = 0  # instances
-        self._ending = 0  # of these, whose runs have ended
         self._open = 0  # jobs whose `done` has not returned
         self._wakes = -math.inf  # when the watcher wakes by itself; -inf: it is awake, and will look at all jobs
         self._order: deque[Job] = deque()  # with preserve_order: the jobs whose `done` has not been called
@@ -93,7 +92,7 @@ class Scheduler:
                 if self._closed:
                     raise self._closing()
                 self._start()
-                job.alone = self._busy == self._ending and not self._queue
+                job.alone = not self._busy and not self._queue
                 self._queue.add(job, level, self._policy.instances - self._busy)
                 self._expect(job)
                 if self._busy < self._policy.instances:
@@ -237,21 +236,21 @@ class Scheduler:
         return _Turn(batch, beside or self._model.run, taken)
 
     def _execute(self, turn: _Turn) -> None:
-        ending = 0
         if len(turn.batch) == 1:
             (job,) = turn.batch
             outcome = run_alone(self._model, turn.run, job, self._policy.sizes, self._statistics)
             if job.times.ran:
                 self._pace.saw(job.size, job.times.ended - job.times.started)
-            with self._lock:
-                self._ending += (ending := turn.taken)  # who is told may ask again at once, and then has no company
+            self._free(turn.taken)  # who is told may ask again at once, and then has no company
             self._finish(job, outcome)
         else:
             for job, outcome in run_batch(self._model, turn.run, turn.batch, self._policy.sizes, self._statistics):
                 self._finish(job, outcome)
+            self._free(turn.taken)
+
+    def _free(self, taken: int) -> None:
         with self._lock:
-            self._busy -= turn.taken
-            self._ending -= ending
+            self._busy -= taken
             if self._queue:
                 self._work.notify()
 
