@@ -22,6 +22,7 @@ ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE = 2, 3,
 WINDOW, MOST_WINDOW, MOST_STREAM = 65_535, 2**31 - 1, 2**31 - 1
 GIVEN_BACK = 2**30  # bytes that were read before the connection's window is opened again
 PREFIX = 5  # bytes of gRPC's own before a message
+MOST_PIECES = 1024  # of a sendmsg (IOV_MAX)
 READ = 1 << 16  # bytes at once; a record of TLS is never larger
 
 _HEAD = struct.Struct(">HBBBI")  # of a frame: upper and lower bits of its length, type, flags, stream
@@ -125,9 +126,16 @@ class Connection:
         self._out += (_HEAD.pack(size >> 8, size & 255, kind, flags, stream), payload)
 
     def _flush(self) -> None:
-        if self._out:
+        """Large messages are not copied for it, unless TLS wants that."""
+        if isinstance(self._socket, ssl.SSLSocket):
             self._socket.sendall(b"".join(self._out))
-            self._out.clear()
+        else:
+            for at in range(0, len(self._out), MOST_PIECES):
+                some = self._out[at : at + MOST_PIECES]
+                sent = self._socket.sendmsg(some)
+                if sent < sum(map(len, some)):
+                    self._socket.sendall(b"".join(some)[sent:])
+        self._out.clear()
 
     def _write(self, stream: int, call: _Call) -> None:
         """As much of a request as the windows allow."""

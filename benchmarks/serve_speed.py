@@ -3,6 +3,8 @@
 Everything that is compared runs in one go, in turns, in processes of its own; a figure is the median over the rounds of
 the ratios within each round. The server is `edgeward serve` as people start it: batching, admission, deadlines and
 counts are on. An echo is its transport with a handler that parses nothing and answers a constant, sent the same bytes.
+All servers, those of thirty lines too, have the setting of gRPC that ours takes. Who calls them all is the same light
+client, benchmarks/http2.py: one connection, over which all calls under way go, from one process.
 
 tiny      A network of 12,000 weights, on TCP, a Unix-domain socket and TLS: what a call costs.
 added     ResNet18 with uint8 and float32, tweets to MiniLM, JPEG: what serving adds to the same work in process.
@@ -220,7 +222,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(GOALS), choices=GOALS, metavar="NAME", help=" ".join(GOALS))
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results/serve_speed.md and .json")
     chosen = parser.parse_args()
-    os.environ |= {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "GRPC_EXPERIMENTS": "-event_engine_listener"}
     options = Options(chosen.out.resolve(), chosen.rounds, chosen.seconds)
     figures: dict[str, list[Figure]] = {name: [] for name in chosen.only}
     for name, found in figures.items():
