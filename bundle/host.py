@@ -4,7 +4,6 @@ import ctypes
 import os
 import platform
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 
@@ -124,6 +123,8 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 def installed_versions(*packages: str) -> dict[str, str]:
     """Versions of Python and of those of the distributions that are installed, for provenance."""
+    from importlib import metadata  # a megabyte, of which a server has no need
+
     versions = {"python": platform.python_version()}
     for package in packages:
         try:

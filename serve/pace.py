@@ -2,7 +2,6 @@
 
 import math
 from collections import deque
-from statistics import fmean
 
 SHORT_NS = 1_000_000  # less than that is mostly what a run costs besides, and joined requests pay it once
 
@@ -41,7 +40,7 @@ class Pace:
             self._ns, self._seen = math.inf, -_WARY
         if self._seen > 0 and self._seen % _EVERY == 0:
             self._ns = sorted(self._last_ns)[len(self._last_ns) // 4]
-            self._size = max(1.0, fmean(self._sizes))
+            self._size = max(1.0, sum(self._sizes) / len(self._sizes))
 
     def expect_ns(self, size: int) -> float:
         """How long a request will take: as those before, and as much longer as it is larger; inf: nobody knows."""

@@ -14,7 +14,6 @@ from serve import completion_queue, security, transport
 from serve.admission import Admission
 from serve.config import ServeConfig
 from serve.errors import StartError
-from serve.processes import serve_many
 from serve.repository import open_repository
 from serve.service import Service
 from serve.shared_memory import Regions
@@ -162,6 +161,8 @@ def serve(config: ServeConfig) -> None:
         EdgewardError: see `start`.
     """
     if config.processes > 1:
+        from serve.processes import serve_many
+
         serve_many(config, _serve)
     else:
         _serve(config)

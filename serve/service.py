@@ -4,7 +4,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from functools import cache
 from typing import TYPE_CHECKING
 
 import grpc
@@ -95,7 +95,6 @@ class Service:
         self, config: ServeConfig, repository: Repository, regions: Regions, tracer: "Tracer | None" = None
     ) -> None:
         self._config, self._repository, self._regions, self._tracer = config, repository, regions, tracer
-        self._version = version("edgeward")
         self._draining = False
         self._running = 0
         self._lock = threading.Lock()
@@ -119,7 +118,7 @@ class Service:
 
     def ServerMetadata(self, request: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
         """Name, version and what there is beyond the core of the protocol."""
-        return pb.ServerMetadataResponse(name="edgeward", version=self._version, extensions=extensions(self._config))
+        return pb.ServerMetadataResponse(name="edgeward", version=_version(), extensions=extensions(self._config))
 
     def ModelMetadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
         """What a model takes and gives; every version there is when none was named, else that one."""
@@ -319,6 +318,13 @@ class Service:
     def ready(self) -> bool:
         """Whether it takes calls."""
         return not self._draining
+
+
+@cache
+def _version() -> str:
+    from importlib.metadata import version  # a megabyte, for those who ask
+
+    return version("edgeward")
 
 
 def extensions(config: ServeConfig) -> list[str]:
