@@ -123,10 +123,10 @@ def staged(bundle: str, source: Path, out: Path, ready: Callable[[], Any]) -> di
     """
     from bundle.model import predict_logits
     from bundle.preprocess import is_sequence, length
-    from score.answers import Columns, of_logits
+    from score.answers import STATUS, Columns, of_logits
     from score.config import ScoreConfig
     from score.folder import Folder
-    from score.parts import PartWriter
+    from score.parts import PLACE, PartWriter
     from score.plan import prepare
     from score.readers import Reader, Wanted
     from score.scorer import Scorer
@@ -161,13 +161,17 @@ def staged(bundle: str, source: Path, out: Path, ready: Callable[[], Any]) -> di
         counts=Counts(),
     )
     columns = Columns(tasks)
+    schema = pa.schema([*PLACE, *columns.fields, *STATUS])
 
     def write() -> None:
-        with PartWriter(Folder(str(out)), units[0], pa.schema(columns.fields), "parquet") as part:
+        with PartWriter(Folder(str(out)), units[0], schema, "parquet") as part:
             for start in range(0, count, STAGED):
                 some = {name: each[start : start + STAGED] for name, each in logits.items()}
-                arrays = columns.arrays(of_logits(tasks, some), np.ones(len(next(iter(some.values()))), bool))
-                part.write(pa.Table.from_arrays(arrays, schema=pa.schema(columns.fields)))
+                size = len(next(iter(some.values())))
+                place = [pa.repeat(str(source), size), pa.array(np.arange(start, start + size))]
+                arrays = columns.arrays(of_logits(tasks, some), np.ones(size, bool))
+                status = [pa.array(np.zeros(size, np.int8)), pa.nulls(size, pa.string())]
+                part.write(pa.Table.from_arrays([*place, *arrays, *status], schema=schema))
             part.finish(footer)
 
     ready()

@@ -24,7 +24,12 @@ JPEG_MEAN, JPEG_MAX = 0.5, 32  # of 255: what two decoders may differ by, on ave
 
 
 def predict_logits(
-    session: Session, spec: Input, rows: Sequence[np.ndarray] | np.ndarray, *, batch_invariant: bool
+    session: Session,
+    spec: Input,
+    rows: Sequence[np.ndarray] | np.ndarray,
+    *,
+    batch_invariant: bool,
+    most: int = MAX_ROWS,
 ) -> dict[str, np.ndarray]:
     """Graph outputs for any number of preprocessed examples.
 
@@ -36,8 +41,9 @@ def predict_logits(
         spec: how the examples were preprocessed.
         rows: tensors without batch axis, from bundle.preprocess.encoder, or one array of them; at least one.
         batch_invariant: see Variant.
+        most: rows of one run, where answers do not depend on it.
     """
-    size = MAX_ROWS if batch_invariant else 1
+    size = most if batch_invariant else 1
     parts = []
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]

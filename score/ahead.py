@@ -33,8 +33,8 @@ def ahead(items: Iterable[T], depth: int, name: str, *, join: bool = True) -> It
     thread.start()
     try:
         while not isinstance(item := made.get(), _End):
+            slots.release()  # the next one is made while this one is worked on
             yield item
-            slots.release()
         if item.error is not None:
             raise item.error
     finally:

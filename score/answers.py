@@ -21,14 +21,19 @@ def of_logits(tasks: tuple[Task, ...], logits: Mapping[str, np.ndarray]) -> dict
         logits: the graph's outputs, float32 (N, width of the task).
 
     Returns:
-        What bundle.outputs.answers gives, the logits themselves, and as PREFIXbest the position of the likeliest of
-        several labels, int64 (N,).
+        What bundle.outputs.answers gives, the logits themselves, of labels as PREFIXconfidence the score of the
+        likeliest, float32 (N,), and of one out of several as PREFIXbest its position, int64 (N,).
     """
     found = {**logits, **outputs.answers(tasks, logits)}
     for task in tasks:
-        if isinstance(task, Multiclass):
-            name = outputs.prefix(tasks, task)
-            found[f"{name}best"] = logits[f"{name}logits"].argmax(axis=1)
+        name = outputs.prefix(tasks, task)
+        match task:
+            case Multiclass():
+                best = logits[f"{name}logits"].argmax(axis=1)
+                found[f"{name}best"] = best
+                found[f"{name}confidence"] = found[f"{name}score"][np.arange(len(best)), best]
+            case Multilabel():
+                found[f"{name}confidence"] = found[f"{name}score"].max(axis=1)
     return found
 
 
@@ -80,9 +85,8 @@ class Columns:
     ) -> Iterator[tuple[str, pa.Array]]:
         labels, scores, logits = pa.array(task.labels, pa.string()), answers[f"{name}score"], answers[f"{name}logits"]
         if isinstance(task, Multiclass):
-            best = answers[f"{name}best"]
-            yield f"{name}label", labels.take(pa.array(best))
-            yield f"{name}score", pa.array(scores[np.arange(len(best)), best])
+            yield f"{name}label", labels.take(pa.array(answers[f"{name}best"]))
+            yield f"{name}score", pa.array(answers[f"{name}confidence"])
         else:
             predicted = answers[f"{name}predicted"]
             chosen = labels.take(pa.array(np.nonzero(predicted)[1]))

@@ -56,12 +56,11 @@ def of_answers(tasks: tuple[Task, ...], answers: Mapping[str, np.ndarray]) -> Dr
         name = outputs.prefix(tasks, task)
         match task:
             case Multiclass():
-                best = answers[f"{name}best"]
-                drift[f"{name}labels"] = _counts(best, len(task.labels))
-                drift[f"{name}confidence"] = _histogram(answers[f"{name}score"][np.arange(len(best)), best])
+                drift[f"{name}labels"] = _counts(answers[f"{name}best"], len(task.labels))
+                drift[f"{name}confidence"] = _histogram(answers[f"{name}confidence"])
             case Multilabel():
                 drift[f"{name}labels"] = tuple(answers[f"{name}predicted"].sum(axis=0).tolist())
-                drift[f"{name}confidence"] = _histogram(answers[f"{name}score"].max(axis=1))
+                drift[f"{name}confidence"] = _histogram(answers[f"{name}confidence"])
             case Regression():  # standardised, as the graph gives them
                 values = answers[f"{name}logits"]
                 drift[f"{name}values"] = _histogram((values[:, 0] + SPREAD) / (2 * SPREAD))
@@ -133,8 +132,9 @@ def _unknown_token(tokenizer: bytes) -> int | None:
 
 def _histogram(fractions: np.ndarray) -> tuple[int, ...]:
     """Counts by BINS equal parts of [0, 1]; what lies outside is in the outermost, what is not a number in none."""
-    finite = fractions[~np.isnan(fractions)]
-    return _counts(np.clip(np.floor(finite * BINS), 0, BINS - 1).astype(np.int64), BINS)
+    missing = np.isnan(fractions)
+    known = fractions[~missing] if missing.any() else fractions
+    return _counts(np.clip(known * BINS, 0, BINS - 1).astype(np.int64), BINS)
 
 
 def _counts(numbers: np.ndarray, of: int) -> tuple[int, ...]:

@@ -279,7 +279,7 @@ def _blocks(columns: Columns, table: pa.Table) -> dict[str, np.ndarray] | None:
     )
     blocks = {}
     for name, column in columns.inputs.items():
-        block = _block(table[column].combine_chunks(), columns, column)
+        block = _block(_whole(table[column]), columns, column)
         if block is None:
             return None
         if name in specs:
@@ -291,6 +291,11 @@ def _blocks(columns: Columns, table: pa.Table) -> dict[str, np.ndarray] | None:
             return None
         blocks[name] = block
     return blocks
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """One array, copied only where there are several."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _block(array: pa.Array, columns: Columns, column: str) -> np.ndarray | None:

@@ -58,6 +58,11 @@ def absolute(path: str) -> str:
     return path if _SCHEME.match(path) else os.path.abspath(path)
 
 
+def is_local(path: str) -> bool:
+    """Whether it is a path of this machine, not a URL."""
+    return not _SCHEME.match(path)
+
+
 def _place(path: str) -> _Place:
     found = _SCHEME.match(path)
     if not found:

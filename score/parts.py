@@ -19,6 +19,8 @@ from score.units import Counts, Footer, Plan, Success, Unit, to_json
 SUCCESS = "_SUCCESS"
 _GROUP_ROWS = 8192  # of a Parquet part, however its rows were read
 _KEY = b"edgeward"
+_ROW = "_row"
+PLACE = [pa.field("_file", pa.string()), pa.field(_ROW, pa.int64())]  # the first columns of every part
 _BUFFER = 1 << 20
 
 
@@ -98,8 +100,9 @@ class _ParquetRows:
     """Row groups of _GROUP_ROWS."""
 
     def __init__(self, file: Any, schema: pa.Schema) -> None:
-        strings = [field.name for field in schema if not pa.types.is_floating(field.type)]
-        self._writer = parquet.ParquetWriter(file, schema, use_dictionary=strings)
+        repeated = [field.name for field in schema if not pa.types.is_floating(field.type) and field.name != _ROW]
+        encoding = {_ROW: "DELTA_BINARY_PACKED"}  # each is one more than the last
+        self._writer = parquet.ParquetWriter(file, schema, use_dictionary=repeated, column_encoding=encoding)
         self._pending: list[pa.Table] = []
         self._rows = 0
 

@@ -20,7 +20,7 @@ from score.units import InputFile, Plan, Unit, to_json
 PLAN = "_plan.json"
 UNIT_S = 3.0  # of one core, about: little enough to share out and to lose, and a part is not written for nothing
 LEAST_ROWS, MOST_ROWS = 256, 65536  # of a unit
-_VERSION = 1  # of how input is cut into units and units are written as parts
+_VERSION = 2  # of how input is cut into units and units are written as parts
 
 
 def prepare(config: ScoreConfig) -> tuple[ScoreConfig, Plan]:

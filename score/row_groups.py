@@ -62,11 +62,18 @@ def tables(path: str, columns: list[str], start: int, chunk: int) -> Iterator[tu
         metadata = file.metadata
         row = sum(metadata.row_group(group).num_rows for group in range(start))
         for group in range(start, metadata.num_row_groups):
-            size = min(chunk, _fitting(metadata.row_group(group), columns))
+            rows = metadata.row_group(group)
+            size = _even(rows.num_rows, min(chunk, _fitting(rows, columns)))
             batches = file.iter_batches(size, row_groups=[group], columns=columns, use_threads=False)
             for batch in batches:
                 yield group, row, pa.Table.from_batches([batch])
                 row += len(batch)
+
+
+def _even(rows: int, most: int) -> int:
+    """The size of as few pieces as `most` allows, all about as large: then each takes the memory of the last one."""
+    pieces = max(1, -(-rows // most))
+    return max(1, -(-rows // pieces))
 
 
 def _fitting(group: Any, columns: list[str]) -> int:

@@ -4,19 +4,21 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
 
 from bundle.errors import DataError
+from bundle.manifest import ImageInput
 from bundle.store import open_bundle
 from score.ahead import ahead
-from score.answers import OK
 from score.config import ScoreConfig
 from score.drift import Drift, Vocabulary, of_raws
 from score.examples import renamed
+from score.files import is_local
 from score.folder import Folder
-from score.parts import PartWriter
+from score.parts import PLACE, PartWriter
 from score.readers import Chunk, Reader, Wanted
 from score.scorer import Encoded, scorer_of
 from score.units import Counts, Footer, Plan, Unit, UnitReport
@@ -77,13 +79,15 @@ class UnitRunner:
                 f"{settings.variant!r}, which answers differently. Go on on a machine of that kind, or choose another "
                 "--out."
             )
+        has_one_core = self._scorer.model.variant.device == "cpu" and settings.threads == settings.decoders == 1
+        paths = [config.out, *(file.path for file in plan.files)]
+        self._takes_turns = has_one_core and not isinstance(spec, ImageInput) and all(map(is_local, paths))
         self._vocabulary = Vocabulary(spec, open_bundle(config.bundle).read)
         wanted = Wanted(spec, renamed(config.column, "--column"), renamed(config.keep, "--keep"))
         self._reader = Reader(wanted, plan.files, settings.chunk)
         self._files = {file.path: file for file in plan.files}
         _, types = wanted.columns(plan.files[0].path, plan.files[0].kind)
-        place = [pa.field("_file", pa.string()), pa.field("_row", pa.int64())]
-        self._schema = pa.schema([*place, *(pa.field(*kept) for kept in types.items()), *self._scorer.schema])
+        self._schema = pa.schema([*PLACE, *(pa.field(*kept) for kept in types.items()), *self._scorer.schema])
 
     def __call__(self, unit: Unit) -> UnitReport:
         """Score one unit and write its part."""
@@ -133,7 +137,14 @@ class UnitRunner:
         )
 
     def scored(self, units: Iterable[Unit]) -> Generator[Scored, None, None]:
-        """What is written of units: tables, and after the last of each unit one piece without."""
+        """What is written of units: tables, and after the last of each unit one piece without.
+
+        A process with one core takes turns: threads that all want it only hand it to and fro. Many small files, such as
+        images, and stores are waited for; then the others work meanwhile.
+        """
+        if self._takes_turns:
+            yield from self._answer(self._encode(self._read(units)))
+            return
         read = ahead(self._read(units), AHEAD, "read", join=False)
         encoded = ahead(self._encode(read), AHEAD, "preprocess")
         yield from ahead(self._answer(encoded), RUN_AHEAD, "run")
@@ -174,16 +185,19 @@ class UnitRunner:
             with work.timed("run"):
                 answered = self._scorer.answer(rows)
                 table = self._table(chunk, answered.table)
-            yield Scored(work, table, _counts(answered.table, found | answered.drift))
+            ok = len(table) - answered.bad
+            counts = Counts(rows_in=len(table), rows_ok=ok, rows_bad=answered.bad, drift=found | answered.drift)
+            yield Scored(work, table, counts)
 
     def _table(self, chunk: Chunk, answers: pa.Table) -> pa.Table:
         one = isinstance(chunk.files, str)
-        files = pa.repeat(chunk.files, len(answers)) if one else pa.array(chunk.files, pa.string())
+        files = _repeated(chunk.files, len(answers)) if one else pa.array(chunk.files, pa.string())
         numbers = np.arange(chunk.first_row, chunk.first_row + len(answers), dtype=np.int64)
         columns = [files, pa.array(numbers), *chunk.keep.values(), *answers.columns]
         return pa.Table.from_arrays(columns, schema=self._schema)
 
 
-def _counts(answers: pa.Table, found: Drift) -> Counts:
-    ok = int((answers["_status"].to_numpy() == OK).sum())
-    return Counts(rows_in=len(answers), rows_ok=ok, rows_bad=len(answers) - ok, drift=found)
+@lru_cache(maxsize=4)
+def _repeated(file: str, count: int) -> pa.Array:
+    """A column with the path of one file."""
+    return pa.repeat(file, count)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -47,9 +47,10 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Answered:
-    """A table with a row for each example, and counts of what was answered, as score.drift defines them."""
+    """A table with a row for each example, of which some are bad, and counts of the others, as score.drift has them."""
 
     table: pa.Table
+    bad: int
     drift: drift.Drift
 
 
@@ -87,7 +88,7 @@ class Scorer:
         self.model: Model = load_model(bundle, device=device, threads=threads)
         self._bundle = bundle
         self._columns = columns(self.model.manifest.tasks)
-        self._batch = batch if self.model.variant.batch_invariant else MAX_ROWS  # handed to predict_logits together
+        self._batch = min(batch, MAX_ROWS)
         self._pool = ThreadPoolExecutor(decoders, "preprocess") if decoders > 1 else None
         self.schema = pa.schema([*self._columns.fields, *answers.STATUS])
 
@@ -102,7 +103,8 @@ class Scorer:
             OSError: a file cannot be read although it is there: another try may succeed.
         """
         if isinstance(raws, np.ndarray):
-            spoiled = np.flatnonzero(~np.isfinite(raws).all(axis=1))
+            finite = np.isfinite(raws)
+            spoiled = () if finite.all() else np.flatnonzero(~finite.all(axis=1))
             found = {int(number): self._encode(raws[number].tobytes()) for number in spoiled}
             return Encoded(raws, {number: row for number, row in found.items() if isinstance(row, Fault)})
         rows = list(self._encode_each(raws))
@@ -135,7 +137,8 @@ class Scorer:
         count, faults = len(encoded.rows), dict(encoded.faults)
         widths = outputs.logits_widths(self.model.manifest.tasks)
         logits = {name: np.zeros((count, width), np.float32) for name, width in widths.items()}
-        for picked in self._batches(encoded):
+        picked = self._picked(encoded)
+        if len(picked):
             self._run(encoded, picked, logits, faults)
         status, errors = _statuses(count, faults)
         answered = status.to_numpy() == OK
@@ -143,24 +146,25 @@ class Scorer:
         tasks = self.model.manifest.tasks
         found = answers.of_logits(tasks, kept)
         table = pa.Table.from_arrays([*self._columns.arrays(found, answered), status, errors], schema=self.schema)
-        return Answered(table, drift.of_answers(tasks, found))
+        return Answered(table, len(faults), drift.of_answers(tasks, found))
 
-    def _batches(self, encoded: Encoded) -> list[np.ndarray]:
-        """Examples of about the same length, by position, so that little is padded.
+    def _picked(self, encoded: Encoded) -> np.ndarray:
+        """The examples that can be run, by position; of texts the longest first, so that memory is taken once.
 
-        The longest come first, so that memory is taken once. Where answers depend on the batch, predict_logits
-        runs one at a time.
+        Then those of a batch have about the same length, and little is padded.
         """
-        picked, spec = np.delete(np.arange(len(encoded.rows)), list(encoded.faults)), self.model.manifest.input
+        picked, spec = np.arange(len(encoded.rows)), self.model.manifest.input
+        if encoded.faults:
+            picked = np.delete(picked, list(encoded.faults))
         if preprocess.is_sequence(spec):
             lengths = [preprocess.length(row, spec) for row in encoded.rows if row is not None]
             picked = picked[np.argsort(-np.array(lengths, int), kind="stable")]
-        return [picked[start : start + self._batch] for start in range(0, len(picked), self._batch)]
+        return picked
 
     def _run(
         self, encoded: Encoded, picked: np.ndarray, logits: dict[str, np.ndarray], faults: dict[int, Fault]
     ) -> None:
-        """Run some examples; if they fail, each half of them for itself."""
+        """Run some examples; if they fail, each batch of them for itself, and each half of a batch."""
         try:
             got = self._predict(encoded.rows, picked)
         except ModelError as error:
@@ -168,30 +172,40 @@ class Scorer:
                 self_test(open_bundle(self._bundle), self.model)  # it is the example's fault if others do not fail
                 faults[int(picked[0])] = Fault(FAILED, str(error))
                 return
-            for half in (picked[: len(picked) // 2], picked[len(picked) // 2 :]):
-                self._run(encoded, half, logits, faults)
+            size = self._batch if len(picked) > self._batch else (len(picked) + 1) // 2
+            for start in range(0, len(picked), size):
+                self._run(encoded, picked[start : start + size], logits, faults)
             return
         for name, values in got.items():
-            logits[name][picked] = values
+            logits[name][_places(encoded.rows, picked)] = values
 
     def _predict(self, rows: Sequence[np.ndarray | None] | np.ndarray, picked: np.ndarray) -> dict[str, np.ndarray]:
-        together = _taken(rows, picked) if isinstance(rows, np.ndarray) else [rows[number] for number in picked]
-        manifest, variant = self.model.manifest, self.model.variant
-        return predict_logits(self.model.session, manifest.input, together, batch_invariant=variant.batch_invariant)
+        places = _places(rows, picked)
+        together = rows[places] if isinstance(rows, np.ndarray) else [rows[number] for number in picked]
+        spec, invariant = self.model.manifest.input, self.model.variant.batch_invariant
+        return predict_logits(self.model.session, spec, together, batch_invariant=invariant, most=self._batch)
 
 
-def _taken(rows: np.ndarray, picked: np.ndarray) -> np.ndarray:
-    """Some rows, in ascending order; those that are next to each other are not copied."""
-    first, last = picked[0], picked[-1]
-    return rows[first : last + 1] if last - first < len(picked) else rows[picked]
+def _places(rows: Sequence[np.ndarray | None] | np.ndarray, picked: np.ndarray) -> np.ndarray | slice:
+    """Where some rows are: a slice, which copies none, of an array of which the rows between are not left out."""
+    first, last = int(picked[0]), int(picked[-1])
+    whole = isinstance(rows, np.ndarray) and last - first < len(picked)
+    return slice(first, last + 1) if whole else picked
 
 
 def _statuses(count: int, faults: Mapping[int, Fault]) -> tuple[pa.Array, pa.Array]:
     """The columns of answers.STATUS."""
+    if not faults:
+        return _all_ok(count)
     status, errors = np.full(count, OK, np.int8), np.full(count, None, object)
     for number, fault in faults.items():
         status[number], errors[number] = fault.status, fault.error
     return pa.array(status), pa.array(errors, pa.string())
+
+
+@lru_cache(maxsize=4)
+def _all_ok(count: int) -> tuple[pa.Array, pa.Array]:
+    return pa.array(np.full(count, OK, np.int8)), pa.nulls(count, pa.string())
 
 
 def _read(stored: Stored) -> bytes:

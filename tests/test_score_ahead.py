@@ -29,6 +29,21 @@ def test_no_more_are_made_than_there_is_room_for(depth):
     assert len(made) <= depth + 1
 
 
+def test_the_next_item_is_made_while_the_last_one_is_worked_on():
+    """Stages overlap, also where only one item may wait."""
+    again = threading.Event()
+
+    def make():
+        yield 1
+        again.set()
+        yield 2
+
+    items = ahead(make(), 1, "make")
+    assert next(items) == 1
+    assert again.wait(10)
+    assert list(items) == [2]
+
+
 def test_an_error_arrives_after_the_items_before_it():
     """With the traceback of the thread that it was raised in."""
 
