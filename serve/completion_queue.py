@@ -1,7 +1,9 @@
 """gRPC on grpcio's own completion queue: one thread takes every event, so that no call waits for another thread.
 
 Two threads take turns in that. The one that has taken a request runs the model at once, if it is free; where that takes
-long, it lets the other one take the events meanwhile (D. C. Schmidt et al., Leader/Followers, PLoP 2000).
+long, it lets the other one take the events meanwhile (D. C. Schmidt et al., Leader/Followers, PLoP 2000). Answers that
+it gives one after the other are sent together, before it waits for the next event: to wake who waits for them takes
+longer than to make one, and is then needed once.
 
 grpcio's own server is written on this interface, but it is not public: `missing` says what of it is not there.
 """
@@ -33,7 +35,9 @@ log = structlog.get_logger()
 
 Event = Any  # of cygrpc, as are calls and operations
 
+_TOGETHER = 8  # answers; each has taken scheduler.HAND_OVER_NS at most, as longer runs are not waited for
 _TURN_S = 1.0  # between looks at requests that do not arrive
+_NEVER = time.time() + 1e9  # seconds; what has 30 years and more has no deadline
 
 
 def missing() -> str | None:
@@ -63,24 +67,25 @@ class Call:
         waits: whether its one request has not arrived.
     """
 
-    __slots__ = ("_call", "_deadline", "_headed", "_lock", "_open", "_watched", "began", "metadata", "waits")
+    __slots__ = ("_call", "_calls", "_deadline", "_headed", "_lock", "_watched", "began", "metadata", "waits")
 
-    def __init__(self, event: Event, began: float, open_calls: set["Call"]) -> None:
+    def __init__(self, event: Event, began: float, calls: "Calls") -> None:
         self.metadata: Sequence[tuple[str, str | bytes]] = event.invocation_metadata
         self.began = began
         self.waits = False
         self._call = event.call
         self._deadline: float = event.call_details.deadline
-        self._open = open_calls
+        self._calls = calls
         self._lock = threading.RLock()
         self._headed = self._watched = False
-        open_calls.add(self)
+        calls.open.add(self)
 
     @property
     def deadline(self) -> float | None:
         """In time.monotonic()."""
-        left = self._deadline - time.time()
-        return time.monotonic() + left if left < 1e9 else None  # of 30 years and more: none
+        if self._deadline > _NEVER:
+            return None
+        return time.monotonic() + self._deadline - time.time()
 
     def receive(self, then: Callable[[bytes | None], None]) -> None:
         """Call `then` with the next message of the client, or None when there will be none; errors end the call."""
@@ -99,7 +104,8 @@ class Call:
 
         def closed(event: Event) -> None:
             if event.batch_operations[0].cancelled():
-                self._end()
+                with self._lock:
+                    self._end()
                 cancelled()
 
         with self._lock:
@@ -118,8 +124,9 @@ class Call:
             operations.append(cygrpc.SendStatusFromServerOperation(None, code, details, 0))
             if not self._watched:  # a call that is not asked for its end never ends well
                 operations.append(cygrpc.ReceiveCloseOnServerOperation(0))
-            self._start(operations, lambda event: sent())
+            call = self._call
             self._end()
+            self._calls.send(call, operations, lambda event: sent())
 
     def fail(self, error: Exception) -> None:
         """Send the status of an error."""
@@ -139,9 +146,8 @@ class Call:
                 self._call.start_server_batch(operations, tag)
 
     def _end(self) -> None:
-        with self._lock:
-            self._call = None  # the server is not shut down before every call is let go
-        self._open.discard(self)
+        self._call = None  # the server is not shut down before every call is let go
+        self._calls.open.discard(self)
 
 
 class Stream(Call):
@@ -149,8 +155,8 @@ class Stream(Call):
 
     __slots__ = ("_last", "_outgoing", "_sending", "_sent")
 
-    def __init__(self, event: Event, began: float, open_calls: set[Call]) -> None:
-        super().__init__(event, began, open_calls)
+    def __init__(self, event: Event, began: float, calls: "Calls") -> None:
+        super().__init__(event, began, calls)
         self._outgoing: deque[bytes] = deque()
         self._sending = False
         self._last: Sent | None = None
@@ -195,6 +201,40 @@ class Stream(Call):
         self._sent()
 
 
+class Calls:
+    """The calls that have not ended, and the ends that wait to be sent.
+
+    Attributes:
+        open: those that have not ended.
+        leader: the thread that takes the events, whose answers wait for each other; 0: there is none.
+    """
+
+    def __init__(self) -> None:
+        self.open: set[Call] = set()
+        self.leader = 0
+        self._held: list[tuple[Any, Sequence[Any], Callable[[Event], None]]] = []  # of the leader alone
+
+    def send(self, call: Any, operations: Sequence[Any], tag: Callable[[Event], None]) -> None:
+        """Start the last batch of a call: now, or where more calls are to be answered with theirs."""
+        if self.leader != threading.get_ident():
+            call.start_server_batch(operations, tag)
+            return
+        self._held.append((call, operations, tag))
+        if len(self._held) >= _TOGETHER or not self.open:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what waits."""
+        held, self._held = self._held, []
+        for call, operations, tag in held:
+            call.start_server_batch(operations, tag)
+
+    @property
+    def held(self) -> bool:
+        """Whether anything waits."""
+        return bool(self._held)
+
+
 class Transport:
     """A listening server; its methods may be called from any thread.
 
@@ -220,9 +260,9 @@ class Transport:
         self._tokens = tokens
         self._health = Health()
         self._answering = Answering(service, admission, self._health, self._step_aside)
-        self._open: set[Call] = set()
+        self._calls = Calls()
         self._shut = False
-        self._look_at = 0.0
+        self._look_at = self._until = 0.0  # when to look at late requests, in time.monotonic() and in time.time()
         self._ended = threading.Event()
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(wire.options(config), False)
@@ -231,7 +271,6 @@ class Transport:
         self._server.start(backup_queue=False)
         self._request()
         self._lead = threading.Lock()  # of who takes the events
-        self._leader = 0
         self._follows: dict[int, bool] = {}  # by thread, each of which writes its own entry
         self._over = False
         self._threads = [threading.Thread(target=self._run, name=f"grpc-{i}", daemon=True) for i in range(2)]
@@ -276,34 +315,36 @@ class Transport:
             self._follows[me] = True
             self._lead.acquire()
             self._follows[me] = False
-            self._leader = me
-            while self._leader == me and not self._over:
+            self._calls.leader = me
+            while self._calls.leader == me and not self._over:
                 self._over = self._turn()
-            if self._leader == me:
-                self._leader = 0
+            if self._calls.leader == me:
+                self._calls.leader = 0
                 self._lead.release()
 
     def _step_aside(self) -> bool:
         """Let the other thread take the events from now on; False: it is not there, or this thread does not."""
-        if self._leader != threading.get_ident() or not any(list(self._follows.values())):
+        if self._calls.leader != threading.get_ident() or not any(list(self._follows.values())):
             return False
-        self._leader = 0
+        self._calls.flush()
+        self._calls.leader = 0
         self._lead.release()
         return True
 
     def _turn(self) -> bool:
         """One event, which is let go with this frame; whether it was the last."""
-        if time.monotonic() >= self._look_at:
-            self._look_at = time.monotonic() + _TURN_S
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at, self._until = now + _TURN_S, time.time() + _TURN_S
             self._refuse_late()
-        if self._shut and not self._open:
+        if self._shut and not self._calls.open:
             self._shut = False
+            self._calls.flush()
             self._queue.shutdown()  # from here on no batch may begin; those that have begun still end
-        event = self._queue.poll(time.time() + _TURN_S)
-        if event.completion_type == cygrpc.CompletionType.queue_timeout:
-            return False
-        if event.completion_type == cygrpc.CompletionType.queue_shutdown:
-            return True
+        event = self._queue.poll(0 if self._calls.held else self._until)
+        if event.tag is None:  # nothing has happened, or nothing ever will
+            self._calls.flush()
+            return bool(event.completion_type == cygrpc.CompletionType.queue_shutdown)
         try:
             event.tag(event)
         except Exception as error:
@@ -319,13 +360,13 @@ class Transport:
         if answer is None:
             self._streaming(event, method)
             return
-        call = Call(event, time.monotonic(), self._open)
+        call = Call(event, time.monotonic(), self._calls)
         if self._may(call, method):
             call.waits = True
             call.receive(partial(answer, call))
 
     def _streaming(self, event: Event, method: str) -> None:
-        stream = Stream(event, time.monotonic(), self._open)
+        stream = Stream(event, time.monotonic(), self._calls)
         answer = self._answering.streaming.get(method)
         if answer is None:
             stream.finish(None, grpc.StatusCode.UNIMPLEMENTED.value[0], "Method not found!")
@@ -345,7 +386,7 @@ class Transport:
 
     def _refuse_late(self) -> None:
         before = time.monotonic() - wire.RECEIVE_S
-        for call in list(self._open):
+        for call in list(self._calls.open):
             if call.waits and call.began < before:
                 call.fail(wire.late_request())
 

@@ -68,8 +68,11 @@ def find_parts(wanted: Sequence[Wanted], regions: Regions) -> dict[str, Part]:
     Raises:
         EdgewardError: a region is not there, or is smaller than that.
     """
-    places = [(each.spec.name, each.place) for each in wanted if each.place]
-    return {name: regions.part(place.region, place.offset, place.byte_size) for name, place in places}
+    parts = {}
+    for each in wanted:
+        if (place := each.place) is not None:
+            parts[each.spec.name] = regions.part(place.region, place.offset, place.byte_size)
+    return parts
 
 
 def write_answer(

@@ -86,7 +86,7 @@ class Scheduler:
             BadInput: there is no such priority.
         """
         job.times.queued = time.perf_counter_ns()
-        level = self._level(job)
+        level = self._level(job) if self._policy.levels else 0
         try:
             with self._lock:
                 if self._closed:
@@ -118,7 +118,8 @@ class Scheduler:
             BadInput: there is no such priority.
         """
         job.times.queued = job.times.started = time.perf_counter_ns()
-        self._level(job)
+        if self._policy.levels:
+            self._level(job)
         short = self._pace.expect_ns(job.size) < HAND_OVER_NS
         with self._lock:
             if self._closed or self._queue or self._busy >= self._policy.instances or self._queue.joins(job):

@@ -4,6 +4,7 @@ import math
 import queue
 import threading
 import time
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -228,7 +229,41 @@ def test_calls_given_up_at_random_leave_nothing_behind(server, stub):
     assert answers == [np.float32([i, i]).tobytes() for i in range(1, 300, 2)]
     until(lambda: idle(server))
     if isinstance(server._transport, completion_queue.Transport):
-        until(lambda: not server._transport._open)
+        until(lambda: not server._transport._calls.open)
+
+
+def test_an_answer_waits_for_no_request_that_does_not_come(stub, channel):
+    """Answers are sent together with those of other calls only while there is something to be done for these."""
+    never = threading.Event()
+    silent = channel.stream_unary(METHOD).future(iter(lambda: never.wait(PATIENCE_S) or b"", None))
+
+    for value in range(20):
+        assert stub.ModelInfer(echo(value), timeout=PATIENCE_S / 3).raw_output_contents[0]
+
+    silent.cancel()
+    never.set()
+
+
+def test_answers_of_the_thread_that_takes_the_events_are_sent_together():
+    """Up to so many, or when no call is left; those of any other thread at once."""
+    sent, together = [], completion_queue._TOGETHER
+    call = SimpleNamespace(start_server_batch=lambda operations, tag: sent.append(tag))
+    calls = completion_queue.Calls()
+    calls.open.add("another call")
+
+    calls.send(call, (), "of another thread")
+    calls.leader = threading.get_ident()
+    for number in range(together - 1):
+        calls.send(call, (), number)
+    assert sent == ["of another thread"]
+    calls.send(call, (), together - 1)
+    assert sent[1:] == list(range(together))
+
+    calls.send(call, (), "held")
+    calls.open.clear()
+    calls.send(call, (), "last")
+    assert sent[-2:] == ["held", "last"]
+    assert not calls.held
 
 
 def test_a_server_stops_with_calls_of_every_kind_open(server, stub, channel, gate):
