@@ -8,7 +8,6 @@ held against those of a session of the runtime itself. Nodes that draw random nu
 """
 
 import argparse
-import logging
 import sys
 import tempfile
 import warnings
@@ -22,12 +21,12 @@ import grpc
 import numpy as np
 import onnx
 import onnxruntime
-import structlog
 from onnx import numpy_helper
 from onnx.backend.test.case import node as nodes
 from onnx.backend.test.loader import load_model_tests
 
 from bundle.errors import ModelError
+from bundle.log import configure
 from bundle.session import Session
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as rpc
@@ -182,7 +181,7 @@ def differing(cases: Sequence[Case], folder: Path) -> dict[str, Answer | str]:
 def main() -> int:
     """Ask everything, print what differs and how many of how many agree; 1 where any differs."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    configure(wanted=lambda level: level == "error")
     cases = collect()
     with tempfile.TemporaryDirectory() as folder:
         wrong = differing(cases.askable, Path(folder))

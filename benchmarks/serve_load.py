@@ -9,7 +9,6 @@ A model that takes texts or images is sent the INPUTs, files or texts; any other
 
 import argparse
 import json
-import logging
 import multiprocessing
 import time
 from collections import deque
@@ -22,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import structlog
 
 from benchmarks.http2 import Connection, framed
+from bundle.log import configure
 from bundle.tensor import NUMPY_TYPES, TensorSpec
 from serve.client import Client, Tls
 from serve.client.calls import infer_request
@@ -158,7 +157,7 @@ def worker(make: Callable[..., Any], *arguments: Any) -> Iterator[Pipe]:
 
 
 def _work(pipe: Pipe, make: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    configure(wanted=lambda level: level == "error")
     made = make(*arguments)
     while True:
         try:

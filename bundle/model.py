@@ -6,16 +6,14 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import structlog
 
 from bundle import outputs, preprocess
 from bundle.errors import BadInput, BundleDamaged, BundleUnsupported, DeviceUnavailable, SelfTestFailed
 from bundle.host import cpu_count, machine_class
+from bundle.log import log
 from bundle.manifest import Golden, ImageInput, Input, Manifest, Variant
 from bundle.session import Device, Session
 from bundle.store import Bundle, open_bundle
-
-log = structlog.get_logger()
 
 MAX_ROWS = 64  # of one session run; more examples are run in turns
 DEVICES = ("tensorrt", "cuda", "cpu")  # in the order in which they are tried

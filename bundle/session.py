@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-import structlog
 
 from bundle import bfloat16, cuda, weights
 from bundle.errors import DeviceUnavailable, ModelError
 from bundle.host import cpu_count, products_saturate
+from bundle.log import log
 from bundle.pinned import Memory
 from bundle.runtime import DATATYPES, onnxruntime
 from bundle.tensor import TensorSpec
-
-log = structlog.get_logger()
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 

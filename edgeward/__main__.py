@@ -5,10 +5,9 @@ import sys
 from collections.abc import Sequence
 
 import cyclopts
-import structlog
-from rich.console import Console
 
 from bundle.errors import EdgewardError
+from bundle.log import configure as configure_log
 
 INTERRUPTED = 130  # as shells say it: 128 + SIGINT
 
@@ -29,35 +28,38 @@ app.command("edgeward.bundles:verify", name="verify", help="Check every hash of 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code: 0 done, 1 our error, 2 usage, 3 gate failed, 130 interrupted."""
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    configure_log()
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors reach us as exceptions, and the user as one line
     # The thread that waits for events reads the sockets itself, and no other one has to wake it; read with its import.
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
-    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     try:
-        app(arguments, exit_on_error=False, error_console=errors, result_action="return_value")
-    except cyclopts.CycloptsError:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except cyclopts.CycloptsError as error:
+        _explain(error)
         return 2
     except EdgewardError as error:
-        errors.print(f"edgeward: {error}")
+        _say(str(error))
         return error.exit_code
     except KeyboardInterrupt as error:
-        errors.print(f"edgeward: {str(error) or 'interrupted; nothing half-written is left behind.'}")
+        _say(str(error) or "interrupted; nothing half-written is left behind.")
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the result has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        errors.print(f"edgeward: {error}")
+        _say(str(error))
         return 1
     return 0
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"edgeward: {text}\n")
+
+
+def _explain(error: cyclopts.CycloptsError) -> None:
+    from rich.console import Console  # megabytes, of which a server has no need
+
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(cyclopts.CycloptsPanel(error))
 
 
 def main() -> None:

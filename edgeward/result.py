@@ -2,14 +2,16 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-from rich.console import Console, RenderableType
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
-def give(value: Any, rendered: RenderableType, *, json: bool) -> None:
+def give(value: Any, rendered: "RenderableType", *, json: bool) -> None:
     """Write a result to stdout.
 
     Args:
@@ -21,9 +23,13 @@ def give(value: Any, rendered: RenderableType, *, json: bool) -> None:
         sys.stdout.buffer.write(msgspec.json.encode(value, enc_hook=_plain) + b"\n")
         sys.stdout.buffer.flush()
         return
+    from rich.console import Console  # which a server does not need
+
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=120)
+        from rich.console import Console  # which a server does not need
+
+    console = Console(highlight=False, markup=False, width=120)
     console.print(rendered)
 
 

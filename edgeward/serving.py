@@ -11,7 +11,6 @@ from zipfile import BadZipFile
 
 import numpy as np
 from cyclopts import Parameter
-from rich.table import Table
 
 from bundle.errors import BadInput
 from bundle.tensor import NUMPY_TYPES, TensorSpec, conform
@@ -74,7 +73,9 @@ def infer(
             machine.
         json: give the answers as one JSON object.
     """
-    from serve.client import Client, Tls  # which a server does not need
+    from rich.table import Table  # what a server does not need
+
+    from serve.client import Client, Tls
 
     files = Tls(tls_ca, tls_cert, tls_key) if tls or tls_ca or tls_cert or tls_key else None
     token = None if token_file is None else _first_token(token_file)

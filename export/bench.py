@@ -7,9 +7,9 @@ from typing import Literal
 
 import numpy as np
 import onnx
-import structlog
 
 from bundle import preprocess
+from bundle.log import log
 from bundle.manifest import GateRecord, Latency, Record
 from bundle.model import predict_logits
 from bundle.session import Session, node_times
@@ -21,8 +21,6 @@ from export.placement import Group
 from export.source import Source, Split
 from export.target import Target
 from finetune.progress import track
-
-log = structlog.get_logger()
 
 SCREENED = {"fast": 64, "normal": 128, "thorough": 512}  # examples on which each group of layers is tried
 BATCHES = (1, 8)  # at which what ships is timed

@@ -6,14 +6,12 @@ Left to the exporter it has cost whole networks: onnxscript's fusion gave ResNet
 import copy
 from collections import Counter
 
-import structlog
 import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from bundle.log import log
 from finetune.model import Network
-
-log = structlog.get_logger()
 
 _Conv = nn.modules.conv._ConvNd
 _BatchNorm = nn.modules.batchnorm._BatchNorm

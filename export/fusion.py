@@ -10,15 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 import onnx.utils
-import structlog
 from onnxscript import ir, optimizer
 from onnxscript.rewriter.ort_fusions.mha import fuse_mha1, fuse_mha2
 from onnxscript.rewriter.ort_fusions.sdpa import fuse_sdpa
 from onnxscript.rewriter.ort_fusions.shape_optimization import rules as constant_shapes
 
+from bundle.log import log
 from bundle.session import Session, optimized
-
-log = structlog.get_logger()
 
 ATTENTION = "MultiHeadAttention"
 MASK = "attention_mask"  # the graph's input, 1 for tokens and 0 for padding

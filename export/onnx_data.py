@@ -6,10 +6,10 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import structlog
 
 from bundle import preprocess, tensors
 from bundle.errors import BadInput, DataError, ModelError
+from bundle.log import log
 from bundle.manifest import (
     ImageInput,
     Input,
@@ -29,8 +29,6 @@ from finetune.checkpoint_model import modality_of
 from finetune.data import Dataset, digest, load_dataset
 from finetune.labels import LabelColumn
 from finetune.target import Target
-
-log = structlog.get_logger()
 
 ANSWERS = ({"0", "1"}, {"false", "true"})  # to what one column asks
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import structlog
 from onnx import ModelProto
 
 from bundle import preprocess
 from bundle.errors import DataError, GateFailed, ModelError
+from bundle.log import log
 from bundle.manifest import Input, Task
 from bundle.outputs import logits_widths
 from bundle.session import Session
@@ -26,8 +26,6 @@ from finetune.data import Dataset
 from finetune.loader import EncodedRows
 from finetune.splits import SplitName, Splits, deal
 from finetune.target import Kind, Target
-
-log = structlog.get_logger()
 
 FRACTIONS = (0.2, 0.0, 0.3, 0.5)  # calibration, none, selection, gate
 SEED = 0

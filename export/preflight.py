@@ -4,17 +4,15 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-import structlog
 
 from bundle import preprocess
 from bundle.errors import GateFailed, ModelError
+from bundle.log import log
 from bundle.manifest import ImageInput, Input, Record, Task, VectorInput
 from bundle.model import predict_logits
 from bundle.session import Session
 from export import graph, quantize, timing
 from finetune.model import Network
-
-log = structlog.get_logger()
 
 EXAMPLES = 200  # that int8 is tried on
 SAMPLES = 32  # for parity and timing

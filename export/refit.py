@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-import structlog
 
+from bundle.log import log
 from bundle.manifest import Input
 from bundle.model import predict_logits
 from bundle.session import Session
@@ -14,8 +14,6 @@ from finetune.data import Dataset
 from finetune.loader import EncodedRows
 from finetune.probe import fit_head
 from finetune.splits import SplitName
-
-log = structlog.get_logger()
 
 
 def int8_static_refit(checkpoint: Checkpoint, dataset: Dataset, calibration: Sequence[np.ndarray]) -> bytes:

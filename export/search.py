@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
-import structlog
 
 from bundle.errors import ModelError
 from bundle.host import cpu_count, cpu_name
+from bundle.log import log
 from bundle.manifest import GateRecord
 from export import gate, mixed, placement, proportions, robustness, timing
 from export.bench import BATCHES, BatchLatency, Bench, Candidate
@@ -18,8 +18,6 @@ from export.placement import Group
 from export.source import Source, Split
 from export.target import Target
 from finetune.progress import track
-
-log = structlog.get_logger()
 
 WORTHWHILE = 0.97  # an int8 variant whose latency ratio may be above this is not worth its rounding
 HOPELESS = 5  # budgets

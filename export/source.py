@@ -7,13 +7,13 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import structlog
 
 import bundle
 import export
 from bundle import preprocess
 from bundle.errors import DataError
 from bundle.host import installed_versions
+from bundle.log import log
 from bundle.manifest import Input, Task
 from export import graph, refit
 from export.config import ExportConfig
@@ -26,8 +26,6 @@ from finetune.loader import EncodedRows
 from finetune.pretrained import modality
 from finetune.splits import SplitName
 from finetune.target import Target
-
-log = structlog.get_logger()
 
 SAMPLES = 32  # examples for tracing, parity, timing and invariance
 PACKAGES = (

@@ -4,16 +4,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import structlog
 from onnx import TensorProto, helper
 
 from bundle.errors import DeviceUnavailable
 from bundle.host import isa_class, machine_class
+from bundle.log import log
 from bundle.model import ADD
 from bundle.session import Session
 from export.config import TargetName
-
-log = structlog.get_logger()
 
 REMEDY = f"What is gated on one machine says little of another: run this on that machine, {ADD}."
 

@@ -8,9 +8,8 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import structlog
 
-log = structlog.get_logger()
+from bundle.log import log
 
 MAX_BYTES = 2 << 30  # of all entries of a kind; those that were used longest ago go first
 _DIGEST_BYTES = 32

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import structlog
 
 from bundle.errors import ModelError
+from bundle.log import log
 from bundle.manifest import ImageInput, Input, TensorsInput, TextInput, VectorInput, WordsInput
 from bundle.words import DICTIONARY, VOCABULARY, segmenter
 from finetune.checkpoint import load_checkpoint, read_spec
@@ -14,8 +14,6 @@ from finetune.data import Dataset, Modality
 from finetune.pretrained import Pretrained
 from finetune.splits import Splits
 from finetune.vectors import count_words, unknown_rates
-
-log = structlog.get_logger()
 
 
 def modality(path: str) -> Modality:

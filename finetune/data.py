@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import structlog
 
 from bundle.errors import DataError
+from bundle.log import log
 from finetune import cifar, npz
 from finetune.folder import check_images, read_folder
 from finetune.labels import LabelColumn, judge_targets, parse_label_columns, read_target
 from finetune.source import Source, vector_content
 from finetune.table import SUFFIXES, Table, read_table
 from finetune.target import Target
-
-log = structlog.get_logger()
 
 Modality = Literal["text", "image", "vector"]
 

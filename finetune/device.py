@@ -3,12 +3,10 @@
 import os
 from typing import Literal
 
-import structlog
 import torch
 
 from bundle.errors import DeviceUnavailable
-
-log = structlog.get_logger()
+from bundle.log import log
 
 Device = Literal["auto", "cpu", "cuda"]
 Arithmetic = Literal["fp32", "bf16", "fp16"]

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
-import structlog
 
 from bundle.errors import DataError
+from bundle.log import log
 from finetune.target import Kind, Target
-
-log = structlog.get_logger()
 
 Cell = str | Sequence[str] | None  # a list is a set of labels
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import structlog
 import torch
 from torch import Tensor, nn
 
 from bundle.errors import CheckpointError, DataError, TrainingDiverged
+from bundle.log import log
 from bundle.manifest import ImageInput, Input
 from bundle.preprocess import is_sequence, length
 from finetune import evaluate
@@ -36,8 +36,6 @@ from finetune.target import Target
 from finetune.weights import Weights, freeze, set_modes
 
 __all__ = ["Examples", "Recipe", "fit"]
-
-log = structlog.get_logger()
 
 Rows = Sequence[np.ndarray]
 Ready = Iterator[tuple[np.ndarray, Tensors]]

@@ -8,16 +8,14 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-import structlog
 import torch
 from torch import nn
 
 from bundle.errors import MissingExtra, ModelError
+from bundle.log import log
 from bundle.manifest import Input
 from finetune import evaluate
 from finetune.model import Network
-
-log = structlog.get_logger()
 
 TOLERANCE = 1e-3  # of merging: largest difference of a logit, in standard deviations of the logits
 _CHECKED = 64  # examples that merging is checked on

@@ -4,16 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import structlog
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bundle.log import log
 from bundle.manifest import Multiclass, Multilabel, Regression, Task
 from finetune.config import TrainConfig
 from finetune.target import Target, columns
-
-log = structlog.get_logger()
 
 IMBALANCE = 10  # examples of the most frequent label for one of the rarest, from which "auto" balances
 MISSING = -1  # index of a missing label

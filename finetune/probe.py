@@ -10,17 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import structlog
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from bundle.errors import DataError, TrainingDiverged
+from bundle.log import log
 from bundle.manifest import Multiclass, Regression, Task
 from finetune.evaluate import score
 from finetune.target import Target
-
-log = structlog.get_logger()
 
 L2_GRID = tuple(10 ** (-exponent / 2) for exponent in range(10))  # 1 … 3e-5, decades and halves
 SINGLE_THREADED = 4_000_000  # numbers; below that, threads that wait for each other cost more than they bring

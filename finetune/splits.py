@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
-import structlog
 
 from bundle.errors import DataError
+from bundle.log import log
 from bundle.manifest import Record
 from finetune.data import Dataset
 from finetune.target import Target
-
-log = structlog.get_logger()
 
 SplitName = Literal["train", "validation", "selection", "gate"]
 Fractions = tuple[float, float, float, float]

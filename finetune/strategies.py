@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import structlog
 import torch
 
 from bundle.errors import DataError, ModelError
+from bundle.log import log
 from bundle.manifest import ImageInput, Multiclass, TextInput
 from finetune import evaluate
 from finetune.augment import augmented
@@ -25,8 +25,6 @@ from finetune.objective import make_objective
 from finetune.parallel import sharded_logits
 from finetune.probe import fit_head
 from finetune.resume import Progress
-
-log = structlog.get_logger()
 
 PROBED_RATE = 0.4  # lp-ft: of the learning rate, when the head already fits
 WORTHWHILE = 0.005  # auto: with less than this left to gain it stops; a fraction, of rmse and loss relative

@@ -12,11 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import structlog
 import torch
 
 from bundle.errors import OutputExists
 from bundle.host import cpu_count
+from bundle.log import log
 from bundle.preprocess import encoder
 from finetune import evaluate, report
 from finetune.checkpoint import FORMAT, FORMAT_VERSION, CheckpointSpec, Provenance, library_versions, write_checkpoint
@@ -30,8 +30,6 @@ from finetune.splits import SPLIT_NAMES, make_splits
 from finetune.strategies import Outcome, adapt, check_options, progress_folder
 
 __all__ = ["Job", "TrainConfig", "TrainResult", "prepare", "run", "train"]
-
-log = structlog.get_logger()
 
 _OF_NO_EFFECT = ("out", "resume", "save_steps", "cache", "tensorboard")  # on the weights
 

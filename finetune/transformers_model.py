@@ -8,19 +8,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-import structlog
 import torch
 from torch import nn
 
 from bundle.errors import MissingExtra, ModelError
+from bundle.log import log
 from bundle.manifest import TextInput
 from bundle.text import TOKENIZER
 from finetune.config import TrainConfig
 from finetune.data import Dataset
 from finetune.model import TransformersModel
 from finetune.pretrained import Pretrained, buckets
-
-log = structlog.get_logger()
 
 CONFIG = "config.json"
 _DEFAULT_LENGTH = TrainConfig.max_length

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import structlog
 import torch
 from torch import nn
 
 from bundle.errors import BundleDamaged, MissingExtra, ModelError
+from bundle.log import log
 from bundle.manifest import WordsInput
 from bundle.preprocess import Encode, encoder
 from bundle.words import DICTIONARY, VOCABULARY, segmenter
@@ -20,8 +20,6 @@ from finetune.data import Dataset
 from finetune.model import Standardize, VectorsModel, WordVectors, moments
 from finetune.pretrained import Pretrained, buckets
 from finetune.vector_files import read_vectors
-
-log = structlog.get_logger()
 
 Counts = Counter[str]
 

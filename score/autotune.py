@@ -9,9 +9,9 @@ from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 
 import msgspec
-import structlog
 
 from bundle.host import cpu_count, trim_memory
+from bundle.log import log
 from bundle.manifest import Input, Variant
 from bundle.model import MAX_ROWS, load_model
 from bundle.preprocess import is_sequence
@@ -20,8 +20,6 @@ from score.local import run_units
 from score.plan import row_s
 from score.runner import UnitRunner
 from score.units import Counts, Plan, Settings, Trial, Unit, UnitReport
-
-log = structlog.get_logger()
 
 CHUNK = 8192  # rows that are read and preprocessed together, at most
 _CHUNK_S = 0.2  # of one core, about

@@ -1,9 +1,7 @@
 """The engine of one machine: processes that score units side by side, each unit handed out when one asks for it."""
 
-import logging
 import os
 import signal
-import sys
 import threading
 import traceback
 from collections import Counter
@@ -16,17 +14,15 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Protocol
 
-import structlog
-
 from bundle.errors import EdgewardError
+from bundle.log import configure as configure_log
+from bundle.log import log
 from score.config import ScoreConfig
 from score.errors import WorkerDied
 from score.runner import UnitRunner
 from score.signals import terminable
 from score.units import Plan, Unit, UnitReport
 from score.usage import measured
-
-log = structlog.get_logger()
 
 # A process keeps the memory of a chunk for the next one: Arrow's allocator would give it back, and every chunk begin
 # with page faults, which cost vectors a fifth (2.3 µs a row of one core instead of 1.9). It reads this when it is loaded.
@@ -186,10 +182,7 @@ def _ended(process: SpawnProcess) -> str:
 def _work(start: Start, asks: Connection, tells: Connection, number: int) -> None:
     """The whole life of a process."""
     threading.Thread(target=_follow_parent, daemon=True).start()
-    structlog.configure(  # what the model's start says is the same in all
-        wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR if number else logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    configure_log(wanted=lambda level: level == "error" or not number)  # what the model's start says is the same in all
     try:
         with terminable():
             for each in measured(start().run(_asked(asks))):

@@ -4,17 +4,15 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 
-import structlog
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from bundle.log import log
 from bundle.manifest import Record
 from score.errors import TooManyBadRows
 from score.signals import terminable
 from score.units import Counts, Plan, UnitReport
-
-log = structlog.get_logger()
 
 LOG_EVERY_S = 30.0  # where nobody looks at a bar
 _WINDOW_S = 600.0  # that the time left is estimated from; a unit may take minutes

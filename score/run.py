@@ -3,8 +3,8 @@
 from collections.abc import Callable, Generator, Sequence
 
 import msgspec
-import structlog
 
+from bundle.log import log
 from bundle.manifest import Record
 from bundle.store import read_manifest
 from score import autotune, local, parts, report
@@ -13,8 +13,6 @@ from score.folder import Folder
 from score.plan import prepare, record, shard
 from score.progress import follow
 from score.units import Counts, Plan, Settings, Unit, UnitReport
-
-log = structlog.get_logger()
 
 Engine = Callable[[ScoreConfig, Plan, Sequence[Unit]], Generator[UnitReport, None, None]]
 """Scores units and gives a report as each is written, in any order; closing it stops what it has started."""

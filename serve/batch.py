@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import structlog
 
+from bundle.log import log
 from serve.errors import DeadlineExceeded
 from serve.queue import Job
 from serve.statistics import Statistics
-
-log = structlog.get_logger()
 
 Outcome = Mapping[str, np.ndarray] | Exception
 

@@ -16,8 +16,8 @@ from functools import partial
 from typing import Any
 
 import grpc
-import structlog
 
+from bundle.log import log
 from serve import wire
 from serve.admission import Admission
 from serve.answering import Answering, Sent, nothing
@@ -30,8 +30,6 @@ try:
     from grpc._cython import cygrpc
 except ImportError:
     cygrpc = None
-
-log = structlog.get_logger()
 
 Event = Any  # of cygrpc, as are calls and operations
 

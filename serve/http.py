@@ -17,11 +17,8 @@ from itertools import islice
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 
-import structlog
-
+from bundle.log import log
 from serve.errors import StartError
-
-log = structlog.get_logger()
 
 MAX_CONNECTIONS = 16
 TIMEOUT_S = 5.0  # without a byte, and for the whole answer

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-import structlog
 
 from bundle.errors import (
     BundleDamaged,
@@ -19,6 +18,7 @@ from bundle.errors import (
     ModelError,
     SelfTestFailed,
 )
+from bundle.log import log
 from bundle.model import load_model, start_variant
 from bundle.session import Session
 from bundle.store import open_bundle
@@ -34,8 +34,6 @@ from serve.plan import Plan, planner
 from serve.scheduler import Scheduler
 from serve.spare import Spare
 from serve.statistics import Statistics
-
-log = structlog.get_logger()
 
 _REASONS: dict[type[EdgewardError], str] = {
     SelfTestFailed: "this device does not reproduce the golden examples",

@@ -8,15 +8,13 @@ import sys
 from collections.abc import Mapping
 
 import grpc
-import structlog
-from structlog.typing import EventDict, Processor, WrappedLogger
 
+from bundle import log as events
 from bundle.errors import BadInput
+from bundle.log import log
 from protos import inference_pb2 as pb
 from serve.errors import NotSupported
 from serve.queue import Times
-
-log = structlog.get_logger()
 
 MAX_TEXT = 200  # characters of a name or an id that a client chose
 
@@ -44,35 +42,12 @@ def configure(*, json: bool | None = None, requests: bool = False) -> None:
     """
     global _settings
     _settings = {**_DEFAULTS, "log_verbose_level": int(requests)}
-    terminal = sys.stderr.isatty()
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            _wanted,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *(_for_machines() if json or (json is None and not terminal) else _for_people(terminal)),
-        ],
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),  # a line and its end in one write: processes share it
-    )
+    events.configure(json=not sys.stderr.isatty() if json is None else json, wanted=_wanted)
     logging.basicConfig(handlers=[_Library()], level=logging.WARNING)
 
 
-def _for_machines() -> list[Processor]:
-    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-
-
-def _for_people(colors: bool) -> list[Processor]:
-    # repr, because a client chooses its request's id: a newline in it would begin a line that nobody wrote
-    # and a plain traceback, because rich's shows the variables of every frame: inputs, and the metadata with its token
-    plain = structlog.dev.plain_traceback
-    return [structlog.dev.ConsoleRenderer(colors=colors, repr_native_str=True, exception_formatter=plain)]
-
-
-def _wanted(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    level = "error" if method in ("exception", "critical") else method
-    if not _settings.get(f"log_{level}", True):
-        raise structlog.DropEvent
-    return event
+def _wanted(level: events.Level) -> bool:
+    return bool(_settings[f"log_{level}"])
 
 
 class _Library(logging.Handler):
@@ -80,7 +55,7 @@ class _Library(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         write = log.error if record.levelno >= logging.ERROR else log.warning
-        cause = {"exc_info": record.exc_info} if record.exc_info else {}
+        cause = {"exc_info": record.exc_info[1]} if record.exc_info else {}
         write("library", name=record.name, message=record.getMessage(), **cause)
 
 

@@ -10,14 +10,11 @@ from dataclasses import replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
-import structlog
-
 from bundle.host import cpu_count
+from bundle.log import log
 from serve import logs
 from serve.config import ServeConfig
 from serve.errors import StartError
-
-log = structlog.get_logger()
 
 _CLOSING_S = 5.0  # after the drain
 

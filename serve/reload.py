@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import structlog
 from watchfiles import watch
 
-log = structlog.get_logger()
+from bundle.log import log
 
 DEPTH = 2  # folders NAME/VERSION below a path
 QUIET_MS, LONGEST_MS = 100, 1600  # a look follows so long after the last change, or after the first if they do not end

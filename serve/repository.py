@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-import structlog
-
 from bundle.errors import BadInput
 from bundle.host import trim_memory
+from bundle.log import log
 from serve.config import ServeConfig
 from serve.errors import Closed, ConfigRefused, LoadFailed, NotReady, StartError, UnknownModel
 from serve.index import IndexEntry, make_index
@@ -17,8 +16,6 @@ from serve.layout import VERSION, Failure, Layout, Place, find_places, parse_ver
 from serve.loading import Loaded, Refused, Served, check_device, load_place, reason
 
 __all__ = ["IndexEntry", "Repository", "Served", "open_repository"]
-
-log = structlog.get_logger()
 
 Answer = TypeVar("Answer")
 

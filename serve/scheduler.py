@@ -11,9 +11,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import structlog
-
 from bundle.errors import BadInput
+from bundle.log import log
 from serve.batch import Outcome, Run, Runs, run_alone, run_batch
 from serve.errors import Cancelled, Closed, DeadlineExceeded, QueueFull, TimedOut
 from serve.pace import SHORT_NS, Pace
@@ -21,8 +20,6 @@ from serve.queue import Job, Policy, Queue, Times
 from serve.statistics import Reason, Statistics
 
 __all__ = ["Job", "Policy", "Runs", "Scheduler", "Times"]
-
-log = structlog.get_logger()
 
 HAND_OVER_NS = 100_000  # to another thread and back: 45 to 65 µs measured, more when others want the interpreter
 

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import grpc
-import structlog
 
+from bundle.log import log
 from serve.config import ServeConfig
 from serve.errors import PermissionDenied, StartError, Unauthenticated
 from serve.tls import Certificate, read_certificate
-
-log = structlog.get_logger()
 
 T = TypeVar("T")
 

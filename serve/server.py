@@ -8,8 +8,7 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-import structlog
-
+from bundle.log import log
 from serve import completion_queue, security, transport
 from serve.admission import Admission
 from serve.config import ServeConfig
@@ -23,8 +22,6 @@ if TYPE_CHECKING:  # what only some servers need is imported by these
     from serve.metrics import Metrics
     from serve.reload import Watcher
     from serve.tracing import OtlpTracer
-
-log = structlog.get_logger()
 
 _LAST_BYTES_S = 1.0  # for answers that are already on their way
 

@@ -8,9 +8,9 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import grpc
-import structlog
 
 from bundle.errors import BadInput, EdgewardError
+from bundle.log import log
 from protos import inference_pb2 as pb
 from serve import logs
 from serve.config import ServeConfig
@@ -38,8 +38,6 @@ from serve.statistics import as_message
 
 if TYPE_CHECKING:
     from serve.tracing import Tracer
-
-log = structlog.get_logger()
 
 Metadata = Iterable[tuple[str, str | bytes]]
 

@@ -3,12 +3,9 @@
 import threading
 from collections.abc import Callable
 
-import structlog
-
 from bundle.errors import EdgewardError
+from bundle.log import log
 from bundle.session import Session
-
-log = structlog.get_logger()
 
 
 class Spare:

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-import structlog
 from onnx import TensorProto, helper, numpy_helper
 
 import bundle.session
 from bundle import cuda
 from bundle.errors import DeviceUnavailable, ModelError
+from bundle.log import captured
 from bundle.pinned import Memory
 from bundle.session import Session
 from bundle.tensor import TensorSpec
@@ -207,7 +207,7 @@ def test_answers_of_a_graph_are_the_callers_own(library):
 @pytest.mark.parametrize("sizes", [(), (1, 4)], ids=["bound", "captured"])
 def test_threads_agree(host, sizes):
     """Threads that share a session get each the answer to its own question."""
-    with structlog.testing.capture_logs() as logs:
+    with captured() as logs:
         session = Session(model(), device="cuda", batch_sizes=sizes)
     assert logs == []
     batches = [np.full((i % 5 + 1, 4), i, np.float32) for i in range(200)]
@@ -251,7 +251,7 @@ def test_output_whose_length_depends_on_the_input_is_refused(library):
 def test_session_goes_on_without_graphs(host, monkeypatch):
     """Where nothing can be captured the same session runs as if no sizes were given, and the log says so."""
     monkeypatch.setattr(cuda, "_buffer", lambda array: 1 / 0)
-    with structlog.testing.capture_logs() as logs:
+    with captured() as logs:
         session = Session(model(), device="cuda", batch_sizes=(4,))
 
     (line,) = logs

@@ -9,13 +9,13 @@ import msgspec
 import numpy as np
 import onnxruntime
 import pytest
-import structlog
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from bundle import manifest, preprocess, store
 from bundle.errors import BadInput, BundleDamaged, BundleUnsupported, DeviceUnavailable, ModelError, SelfTestFailed
 from bundle.host import isa_class
+from bundle.log import captured
 from bundle.model import load_model, predict_logits
 from bundle.outputs import answer_specs, answers, sigmoid, softmax
 from bundle.session import Session
@@ -419,11 +419,11 @@ def test_variant_proved_here_is_served_else_one_in_floating_point(text, there, s
         changes.append({"name": name, "precision": precision, "isa": isa_class() if isa == "here" else isa})
     reseal(text, variants=variants(text, *changes), goldens=goldens(text, *names))
 
-    with structlog.testing.capture_logs() as logs:
+    with captured() as logs:
         assert load_model(text, device="cpu").variant.name == names[served]
     gated = there[served].split()[1]
     said = [] if gated == "here" else [("warning", names[served], gated, isa_class())]
-    assert [(each["log_level"], each["variant"], each["gated"], each["here"]) for each in logs] == said
+    assert [(each["level"], each["variant"], each["gated"], each["here"]) for each in logs] == said
 
 
 def test_int8_from_elsewhere_is_held_to_its_golden_examples(text):
@@ -436,7 +436,7 @@ def test_int8_from_elsewhere_is_held_to_its_golden_examples(text):
     reseal(text, goldens=(moved, *sealed.goldens[1:]), variants=elsewhere)
 
     with (
-        structlog.testing.capture_logs() as logs,
+        captured() as logs,
         pytest.raises(SelfTestFailed, match=r"gated on other, here .*Add a variant for this machine: .*--add-to"),
     ):
         load_model(text, device="cpu")
@@ -458,7 +458,7 @@ def test_failed_self_test_leads_to_no_other_variant(text):
 @pytest.mark.skipif(CUDA, reason="a GPU works here")
 def test_devices_are_tried_in_turn():
     """Left to choose, the first of TensorRT, CUDA and the CPU that works is taken; the log says what was not."""
-    with structlog.testing.capture_logs() as logs:
+    with captured() as logs:
         model = load_model(GOLDEN / "format-3-variants")
 
     assert model.variant.device == model.session.device == "cpu"

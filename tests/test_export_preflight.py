@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from structlog.testing import capture_logs
 from torch import nn
 
 from bundle.errors import GateFailed
+from bundle.log import captured
 from export import preflight as module
 from export.preflight import preflight
 from finetune.model import VectorNetwork
@@ -71,9 +71,9 @@ def test_features_that_int8_destroys_are_a_warning():
     rows = [row * np.array([10_000, 1, 1, 1, 1, 1], np.float32) for row in rows]
     with torch.no_grad():
         network.backbone[1].weight[:, 0] = 0
-    with capture_logs() as logs:
+    with captured() as logs:
         found = preflight(network, spec, TASKS, rows, timer=clock(1.0, 0.5), threads=1)
-    warnings = [entry for entry in logs if entry["log_level"] == "warning"]
+    warnings = [entry for entry in logs if entry["level"] == "warning"]
 
     assert found.drift.relative_error > module.DRIFT
     assert found.drift.cosine < 0.9

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from structlog.testing import capture_logs
 
 from bundle.errors import GateFailed
+from bundle.log import captured
 from edgeward import stages
 from finetune.config import TrainConfig, TrainResult
 from tests.export_examples import write_table
@@ -39,7 +39,7 @@ def test_too_slow_a_model_is_never_trained(config):
 @pytest.mark.parametrize("preflight", [True, False])
 def test_training_follows_the_preflight(config, preflight, capsys):
     """Of a network with new layers it is made unasked, and left out when it is not wanted."""
-    with capture_logs() as logs:
+    with captured() as logs:
         stages.finetune(config, preflight=preflight)
 
     events = [entry["event"] for entry in logs]

@@ -2,10 +2,10 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
-import structlog
 
 from bundle.errors import DeviceUnavailable
 from bundle.host import isa_class
+from bundle.log import captured
 from export import target
 
 CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and Path("/dev/nvidiactl").exists()
@@ -59,7 +59,7 @@ def test_gpu_that_is_not_there_is_refused(name):
 @pytest.mark.skipif(CUDA, reason="CUDA works here")
 def test_auto_is_the_cpu_where_there_is_no_gpu():
     """Left to choose, export compiles for what is there, and the log says what that is and why."""
-    with structlog.testing.capture_logs() as logs:
+    with captured() as logs:
         assert target.resolve("auto") == target.resolve("cpu")
     (line,) = logs
     assert (line["event"], line["device"], line["isa"]) == ("target chosen", "cpu", isa_class())

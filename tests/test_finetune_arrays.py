@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import structlog
 
 from bundle.errors import DataError
+from bundle.log import captured
 from finetune.data import load_dataset
 from tests.finetune_examples import write_csv
 
@@ -49,7 +49,7 @@ def test_columns_of_numbers_are_a_vector(tmp_path):
 def test_without_names_all_columns_of_numbers_are_taken(tmp_path):
     """In the file's order, without the labels; columns of text are left out, and named in a warning."""
     cells = [[i, x[0], "n", x[1], i % 2] for i, x in enumerate(X.tolist())]
-    with structlog.testing.capture_logs() as logs:
+    with captured() as logs:
         dataset = load_dataset(wide(tmp_path, cells), "vector")
 
     assert dataset.input_columns == dataset.feature_names == ("id", "f1", "f2")

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import structlog
 
 from bundle.errors import DataError
+from bundle.log import captured
 from finetune.data import load_dataset
 from tests.finetune_examples import tweets, write_csv, write_digits
 
@@ -229,7 +229,7 @@ def test_unreadable_rows_are_counted_and_named(tmp_path):
     for name, first in [("a.jsonl", "line 2 is not JSON"), ("a.csv", "row 2 has 3 columns instead of 2")]:
         with pytest.raises(DataError, match=rf"2 bad of 8 examples \(max_bad is 1\). The first: {first}"):
             load_dataset(tmp_path / name, "text", max_bad=1)
-        with structlog.testing.capture_logs() as logs:
+        with captured() as logs:
             dataset = load_dataset(tmp_path / name, "text", max_bad=2)
         assert [entry["count"] for entry in logs] == [2]
         assert [dataset.raw(i) for i in range(6)] == [f"t {i}".encode() for i in range(6)]
@@ -239,8 +239,8 @@ def test_unreadable_rows_are_counted_and_named(tmp_path):
 def test_contradictions_are_counted(tmp_path):
     """Equal examples with different labels are kept, and warned about with their number."""
     rows = [HEADER, ["a", "x"], ["a", "y"], ["b", "x"], ["c", "y"], ["d", "x"]]
-    with structlog.testing.capture_logs() as logs:
+    with captured() as logs:
         dataset = load_dataset(write_csv(tmp_path / "a.csv", rows), "text")
 
     assert len(dataset) == 5
-    assert [entry["contents"] for entry in logs if entry["log_level"] == "warning"] == [1]
+    assert [entry["contents"] for entry in logs if entry["level"] == "warning"] == [1]

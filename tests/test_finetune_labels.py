@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import structlog
 
 from bundle.errors import DataError
+from bundle.log import captured
 from finetune.data import load_dataset
 from tests.finetune_examples import write_csv
 
@@ -188,7 +188,7 @@ def test_contradictions_are_counted_for_each_task(tmp_path):
     """Equal examples with different values are kept, and warned about with their number and task."""
     rows = [["a", "x", 1], ["a", "y", 2], ["a", "", 3], ["b", "x", 4], ["b", "x", 5], ["c", "y", 6], ["d", "y", 6]]
     path = table(tmp_path, rows, ("text", "topic", "price"))
-    with structlog.testing.capture_logs() as logs:
+    with captured() as logs:
         dataset = load_dataset(path, "text", label_column=("topic", "price:regression"))
 
     assert len(dataset) == 7

@@ -9,9 +9,9 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from structlog.testing import capture_logs
 
 from bundle.errors import CheckpointError, ModelError
+from bundle.log import captured
 from bundle.manifest import ImageInput, VectorInput
 from bundle.preprocess import collate, encoder
 from bundle.session import Session
@@ -490,9 +490,9 @@ def test_a_checkpoint_refuses_what_it_does_not_take(tmp_path):
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         modality("checkpoint:/nowhere")
     assert load(model, vectors_dataset(values)).input == VectorInput(column="x", size=3, names=("u", "v", "w"))
-    with capture_logs() as logs:
+    with captured() as logs:
         load(model, table, np.arange(8))
-    assert [(entry["log_level"], entry["examples"]) for entry in logs] == [("warning", 2)]
+    assert [(entry["level"], entry["examples"]) for entry in logs] == [("warning", 2)]
     model = load(f"python:{write_factory(tmp_path)}:tiny")
     path = write(model, model.network(4), tmp_path / "images")
     with pytest.raises(ModelError, match="does not take 2 columns, a, b"):

@@ -4,7 +4,6 @@ import os
 
 import numpy as np
 import pytest
-import structlog
 from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, log_loss
@@ -12,6 +11,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from bundle.errors import DataError, TrainingDiverged
+from bundle.log import captured
 from bundle.manifest import Multiclass, Regression
 from finetune import evaluate
 from finetune.cache import cached
@@ -263,9 +263,9 @@ def test_damaged_cache_is_computed_again(cache_folder, damage):
     path = cache_folder / "ab.features"
     path.write_bytes(damage(path.read_bytes()))
 
-    with structlog.testing.capture_logs() as logs:
+    with captured() as logs:
         np.testing.assert_array_equal(cached("ab", lambda: array + 1), array + 1)
-    assert logs[0]["log_level"] == "warning"
+    assert logs[0]["level"] == "warning"
     np.testing.assert_array_equal(cached("ab", never), array + 1)
 
 
@@ -287,6 +287,6 @@ def test_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "edgeward").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    with structlog.testing.capture_logs() as logs:
+    with captured() as logs:
         assert cached("ab", lambda: np.zeros(3)).shape == (3,)
     assert logs[0]["event"] == "features were not cached"

@@ -5,9 +5,9 @@ from collections import Counter
 import msgspec
 import numpy as np
 import pytest
-import structlog
 
 from bundle.errors import DataError
+from bundle.log import captured
 from finetune.data import load_dataset
 from finetune.splits import SPLIT_NAMES, Splits, make_splits
 from tests.finetune_examples import tweets, write_cifar, write_csv, write_tweets
@@ -177,7 +177,7 @@ def test_example_of_both_parts_is_held_out_and_counted(tmp_path):
     leaked = (tmp_path / "test_batch.bin").read_bytes()[: 3 * 3073]
     (tmp_path / "data_batch_1.bin").write_bytes(first + leaked)
     dataset = load_dataset(tmp_path, "image")
-    with structlog.testing.capture_logs() as logs:
+    with captured() as logs:
         splits = make_splits(dataset, seed=0)
 
     assert [entry.get("count") for entry in logs if "test part" in entry["event"]] == [3]
@@ -190,7 +190,7 @@ def test_duplicates_are_counted(tmp_path):
     """How many rows have the content of another is said, and nothing when there are none."""
     for rows, surplus in [(tweets(60) * 2, [60]), (tweets(60), [])]:
         dataset = load_dataset(write_csv(tmp_path / "a.csv", [HEADER, *rows]), "text")
-        with structlog.testing.capture_logs() as logs:
+        with captured() as logs:
             make_splits(dataset, seed=0)
         assert [entry["surplus"] for entry in logs] == surplus
 

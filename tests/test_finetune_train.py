@@ -7,11 +7,11 @@ import shutil
 import msgspec
 import numpy as np
 import pytest
-import structlog
 import torch
 from safetensors.torch import load_file
 
 from bundle.errors import CheckpointError, DataError, DeviceUnavailable, OutputExists, TrainingDiverged
+from bundle.log import captured
 from bundle.manifest import TextInput
 from finetune import evaluate
 from finetune.checkpoint import load_checkpoint
@@ -240,13 +240,13 @@ def test_cache_is_used_and_changes_nothing(place, tmp_path):
     """The second run finds the features of the first and fits the same head; other images' features are not taken."""
     weights = []
     for name in ("first", "second"):
-        with structlog.testing.capture_logs() as logs:
+        with captured() as logs:
             train(digits_config(place, tmp_path / name))
         weights.append((tmp_path / name / "weights.safetensors").read_bytes())
     assert any(entry["event"] == "features found in the cache" for entry in logs)
     assert weights[0] == weights[1]
 
-    with structlog.testing.capture_logs() as logs:
+    with captured() as logs:
         train(digits_config(place, tmp_path / "third", seed=1))
     assert not any(entry["event"] == "features found in the cache" for entry in logs)
 
@@ -284,9 +284,9 @@ def test_missing_cuda_is_an_error_only_when_asked_for(place, tmp_path):
     """cuda without CUDA is refused; auto takes the CPU and says so."""
     with pytest.raises(DeviceUnavailable, match="--device cpu"):
         train(digits_config(place, tmp_path / "out", device="cuda"))
-    with structlog.testing.capture_logs() as logs:
+    with captured() as logs:
         train(digits_config(place, tmp_path / "out"))
-    assert {"event": "device chosen", "device": "cpu", "log_level": "info"} in logs
+    assert {"event": "device chosen", "device": "cpu", "level": "info"} in logs
 
 
 def test_unreadable_example_is_named(place, tmp_path):

@@ -5,9 +5,9 @@ import gzip
 import numpy as np
 import pytest
 import torch
-from structlog.testing import capture_logs
 
 from bundle.errors import ModelError
+from bundle.log import captured
 from bundle.manifest import WordsInput
 from bundle.preprocess import collate, encoder
 from bundle.session import Session
@@ -247,7 +247,7 @@ def test_vocabulary_is_the_train_splits_and_the_most_frequent(tmp_path):
     """Words of other splits are not looked at, words that no text can give are left out; the rates are reported."""
     path = write_file(tmp_path, "glove.txt")
     train = np.array([0, 1, 2])
-    with capture_logs() as logs:
+    with captured() as logs:
         pretrained = load(f"vectors:{path}", dataset_of(ENGLISH, ("tweet",)), train, vocab_size=1)
 
     assert pretrained.files == {"vocabulary.txt": b"the\ngood\nbad\nparis\n"}

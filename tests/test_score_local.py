@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import structlog
 
 from bundle.errors import DataError
+from bundle.log import captured
 from score import progress
 from score.config import ScoreConfig
 from score.errors import TooManyBadRows, WorkerDied
@@ -172,7 +172,7 @@ def test_a_run_tells_how_far_it_is(tmp_path, monkeypatch, capsys):
     """Where stderr is no terminal, lines of the log; where it is one, a bar."""
     todo = units(*[""] * 3)
     monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
-    with structlog.testing.capture_logs() as lines:
+    with captured() as lines:
         follow(run_units(partial(Runner, tmp_path), todo, processes=1), plan_of(todo), done=Counts())
     assert [(line["rows"], line["of"], line["bad"]) for line in lines] == [(10, 30, 1), (20, 30, 2), (30, 30, 3)]
 

@@ -263,7 +263,7 @@ def test_memory_that_cannot_be_had_is_one_error(size, error):
 @pytest.fixture
 def infer(monkeypatch, capsys):
     """`edgeward infer`: its exit code, and the labels or what stderr says."""
-    monkeypatch.setattr("structlog.configure", lambda **kwargs: None)
+    monkeypatch.setattr("edgeward.__main__.configure_log", lambda **kwargs: None)
 
     def call(address, *options):
         capsys.readouterr()

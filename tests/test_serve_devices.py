@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from onnxruntime import get_available_providers
-from structlog.testing import capture_logs
 
 import bundle.model
 import serve.loading
+from bundle.log import captured
 from serve.config import ServeConfig
 from serve.errors import StartError
 from serve.repository import open_repository
@@ -39,7 +39,7 @@ def test_a_limit_that_leaves_nothing_is_refused(paths, limit):
 @no_gpu
 def test_a_limit_that_limits_nothing_is_told(paths):
     """Where auto takes the CPU the log says for each model that there is no GPU memory to limit."""
-    with capture_logs() as logs:
+    with captured() as logs:
         repository = open_repository(ServeConfig(paths, threads=1, gpu_memory_bytes=1 << 30))
 
     told = {line["model"] for line in logs if line["event"] == "no GPU memory to limit"}

@@ -4,8 +4,8 @@ import threading
 from contextlib import closing, suppress
 
 import pytest
-import structlog
 
+from bundle.log import captured
 from serve.errors import StartError
 from serve.http import MAX_CONNECTIONS, HttpPort
 
@@ -125,7 +125,7 @@ def test_clients_that_send_nothing_keep_no_probe_out(port):
 
 def test_a_client_that_goes_away_is_not_an_error(port):
     """A connection that is reset before or within its request leaves no trace in the log."""
-    with structlog.testing.capture_logs() as logs:
+    with captured() as logs:
         for sent in (b"", b"GET /met", b"GET /metrics HTTP/1.1\r\n\r\n"):
             with socket.create_connection(port.address, timeout=10) as client:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # reset, not FIN
@@ -139,7 +139,7 @@ def test_a_failure_reveals_nothing(port, state):
     """When metrics cannot be made, the client is told an id, and the cause stands in the log under it."""
     del state["metrics"]
 
-    with structlog.testing.capture_logs() as logs:
+    with captured() as logs:
         response, body = ask(port, "/metrics")
 
     assert response.status == 500

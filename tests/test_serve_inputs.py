@@ -522,7 +522,7 @@ def test_vector_of_another_size_fails_the_self_test(copy):
 @pytest.fixture
 def infer(server, monkeypatch, capsys):
     """`edgeward infer`: exit code, stdout (an object with --json) and stderr."""
-    monkeypatch.setattr("structlog.configure", lambda **kwargs: None)
+    monkeypatch.setattr("edgeward.__main__.configure_log", lambda **kwargs: None)
 
     def call(*arguments, json_too=True):
         code = run(["infer", server.address, *arguments, *(["--json"] if json_too else [])])

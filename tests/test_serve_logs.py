@@ -6,9 +6,9 @@ import sys
 
 import grpc
 import pytest
-import structlog
 
 from bundle.errors import BadInput
+from bundle.log import configure, log
 from protos import inference_pb2 as pb
 from serve import logs
 from serve.errors import NotSupported
@@ -16,13 +16,13 @@ from serve.queue import Times
 
 PROCESS = """
 import sys
-import structlog
+from bundle.log import log
 from serve.config import ServeConfig
 from serve.processes import _run
 
 def serve(config):
     for number in range(20):
-        structlog.get_logger().info("ready", server=sys.argv[1], number=number)
+        log.info("ready", server=sys.argv[1], number=number)
 
 _run(serve, ServeConfig(()))
 """
@@ -31,17 +31,11 @@ _run(serve, ServeConfig(()))
 @pytest.fixture(autouse=True)
 def _as_before():
     """What these tests configure ends with them."""
-    config = structlog.get_config()
     level = logging.root.level
     yield
     logs.configure()
     logging.root.setLevel(level)
-    structlog.configure(**config)
-
-
-@pytest.fixture
-def log():
-    return structlog.get_logger()
+    configure()
 
 
 def change(**settings):
@@ -55,7 +49,7 @@ def change(**settings):
     }
 
 
-def test_a_line_is_one_json_object_where_stderr_is_no_terminal(log, capsys):
+def test_a_line_is_one_json_object_where_stderr_is_no_terminal(capsys):
     """Collectors of logs read lines; people read consoles."""
     logs.configure()
     log.info("ready", address="127.0.0.1:1", models=["a:1"])
@@ -65,7 +59,7 @@ def test_a_line_is_one_json_object_where_stderr_is_no_terminal(log, capsys):
     assert line == {"event": "ready", "level": "info", "address": "127.0.0.1:1", "models": ["a:1"]}
 
 
-def test_a_line_and_its_end_are_one_write(log, monkeypatch):
+def test_a_line_and_its_end_are_one_write(monkeypatch):
     """Processes that share stderr do not write into each other's lines."""
     written = []
     monkeypatch.setattr(sys.stderr, "write", written.append)
@@ -77,7 +71,7 @@ def test_a_line_and_its_end_are_one_write(log, monkeypatch):
     assert all(each.endswith("\n") for each in written)
 
 
-def test_a_terminal_gets_lines_for_people(log, capsys, monkeypatch):
+def test_a_terminal_gets_lines_for_people(capsys, monkeypatch):
     """On a terminal nobody has to read JSON, unless it is asked for."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     logs.configure()
@@ -102,7 +96,7 @@ def test_a_client_cannot_write_a_line_of_its_own(as_json, capsys):
     assert "\x1b" not in written
 
 
-def test_an_error_keeps_its_traceback(log, capsys):
+def test_an_error_keeps_its_traceback(capsys):
     """The cause of an internal error is in its line."""
     logs.configure()
     log.error("call failed", id="1a", exc_info=ValueError("of this"))
@@ -169,7 +163,7 @@ def test_settings_are_tritons_and_tell_what_holds():
 
 
 @pytest.mark.parametrize("level", ["info", "warning", "error"])
-def test_a_level_that_is_switched_off_is_not_logged(level, log, capsys):
+def test_a_level_that_is_switched_off_is_not_logged(level, capsys):
     """Each level is switched alone, and at once."""
     logs.configure()
     change(**{f"log_{level}": False})
@@ -247,7 +241,7 @@ def test_the_line_of_a_fault_shows_no_variables(capsys, json):
     try:
         raise RuntimeError(f"a fault, {len(metadata)} header")
     except RuntimeError as error:
-        structlog.get_logger().error("call failed", exc_info=error)
+        log.error("call failed", exc_info=error)
 
     shown = capsys.readouterr().err
     assert "a fault, 1 header" in shown

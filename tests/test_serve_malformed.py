@@ -4,8 +4,8 @@ import grpc
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
-from structlog.testing import capture_logs
 
+from bundle.log import captured
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serve.config import ServeConfig
@@ -431,7 +431,7 @@ def test_what_was_not_foreseen_is_told_by_an_id_only(stub):
     """The runtime's words stay in the log, under the id that the client gets."""
     message = request("picker", datatype="INT64", shape=[1], raw=[np.int64(99).tobytes()])
 
-    with capture_logs() as logs:
+    with captured() as logs:
         code, details = refusal(stub.ModelInfer, message)
 
     assert code is grpc.StatusCode.INTERNAL

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 from onnxruntime import get_available_providers
-from structlog.testing import capture_logs
 
 from bundle.errors import BadInput, BundleDamaged, ModelError
+from bundle.log import captured
 from serve.config import ServeConfig
 from serve.configuration import model_config
 from serve.errors import ConfigRefused, GateNotPassed, StartError, UnknownModel
@@ -303,7 +303,7 @@ def test_a_graph_that_zeros_do_not_fit_is_served(tmp_path):
     inputs, outputs = [("x", TensorProto.FLOAT, [None])], [("y", TensorProto.FLOAT, [2, 2])]
     write_graph(tmp_path / "m", config, model_bytes(nodes, inputs, outputs, {"square": np.array([2, 2])}))
 
-    with capture_logs() as logs:
+    with captured() as logs:
         [one] = start(tmp_path)
 
     assert [entry["event"] for entry in logs] == ["ungated model", "not warmed up", "loaded"]

@@ -28,10 +28,8 @@ PROGRAM = """
 import sys
 from pathlib import Path
 {before}
-import structlog
-structlog.configure(
-    processors=[structlog.processors.JSONRenderer()], logger_factory=structlog.PrintLoggerFactory(sys.stderr)
-)
+from bundle.log import configure
+configure(json=True)
 from serve.config import ServeConfig
 from serve.server import serve
 serve(ServeConfig(paths=(Path(sys.argv[1]),), port=int(sys.argv[2]), device="cpu", threads=1, instances=2))

@@ -5,8 +5,8 @@ import threading
 
 import pytest
 import watchfiles
-from structlog.testing import capture_logs
 
+from bundle.log import captured
 from serve.config import ServeConfig
 from serve.reload import Watcher
 from serve.repository import Repository
@@ -171,7 +171,7 @@ def test_error_does_not_end_the_watch(tmp_path, watch, looks):
         raise OSError("no")
 
     looks.then = fail
-    with capture_logs() as lines:
+    with captured() as lines:
         add_version(tmp_path)
         looks.wait()
         add_version(tmp_path, "other")

@@ -9,9 +9,9 @@ import weakref
 
 import numpy as np
 import pytest
-from structlog.testing import capture_logs
 
 from bundle.errors import BadInput
+from bundle.log import captured
 from bundle.session import Session
 from bundle.store import DIGEST, MANIFEST, digest_line
 from serve.config import ServeConfig
@@ -162,7 +162,7 @@ def test_a_bad_version_is_refused_and_the_old_one_serves_on(tmp_path, write, rea
     served = repository.find("mood", "")
     write(tmp_path / "mood" / "2")
 
-    with capture_logs() as logs:
+    with captured() as logs:
         repository.refresh()
         repository.refresh()
 
@@ -256,7 +256,7 @@ def test_what_cannot_be_looked_at_is_served_on(tmp_path, what):
         case "version":
             (tmp_path / "r" / "m" / "1" / "model.onnx").unlink()
 
-    with capture_logs() as logs:
+    with captured() as logs:
         repository.refresh()
         repository.refresh()
 
@@ -265,7 +265,7 @@ def test_what_cannot_be_looked_at_is_served_on(tmp_path, what):
         repository.load("mood" if what == "bundle" else "m")
     assert str(tmp_path) not in str(error.value)
     assert list(repository) == before
-    assert len([entry for entry in logs if entry["log_level"] == "warning"]) in (1, 2)  # each line once
+    assert len([entry for entry in logs if entry["level"] == "warning"]) in (1, 2)  # each line once
     assert not [text for text in reasons(repository).values() if str(tmp_path) in text]
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from structlog.testing import capture_logs
 
+from bundle.log import captured
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as rpc
 from serve.config import ServeConfig
@@ -123,7 +123,7 @@ def test_a_replaced_certificate_is_served_to_new_connections(pki, tmp_path):
         assert echo(address, trust(pki)) == b"hello"
 
         (tmp_path / "server.pem").write_bytes((pki / "stranger.pem").read_bytes())
-        with capture_logs() as logs:
+        with captured() as logs:
             assert echo(address, trust(pki)) == b"hello"
         assert [line["event"] for line in logs] == ["changed file not used"]
 
@@ -353,7 +353,7 @@ def test_a_changed_token_file_is_read_again(files, monkeypatch):
 def test_tokens_are_in_no_log_and_no_object(files):
     """Neither what is logged nor what is kept holds a token."""
     files["token_file"].chmod(0o644)
-    with capture_logs() as logs:
+    with captured() as logs:
         tokens = Tokens(config(**files))
         outcome(tokens, "ModelInfer", bearer(STRANGER))
 
@@ -366,7 +366,7 @@ def test_tokens_are_in_no_log_and_no_object(files):
 
 
 def exposed(**options):
-    with capture_logs() as logs:
+    with captured() as logs:
         warn_exposed(config(**options))
     return [line["event"] for line in logs]
 

@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import structlog
 from onnx import TensorProto, helper
 
 from bundle.errors import ModelError
+from bundle.log import captured
 from bundle.session import Session
 from serve.client import Client
 from serve.config import ServeConfig
@@ -47,7 +47,7 @@ def test_one_that_cannot_be_made_is_told_once():
         failed.set()
         raise ModelError("there is no such file")
 
-    with structlog.testing.capture_logs() as logs:
+    with captured() as logs:
         spare = Spare("m", make)
         assert spare.get() is None
         assert failed.wait(PATIENCE_S)
@@ -79,7 +79,7 @@ def test_many_clients_get_the_answers_of_one(dense, monkeypatch):
     monkeypatch.setattr("serve.models.cpu_count", lambda: 2)
     inputs = [np.random.default_rng(i).normal(size=(256, 512)).astype(np.float32) for i in range(8)]
     expected = [Session(dense.read_bytes(), device="cpu", threads=2).run({"x": x})["y"] for x in inputs]
-    with structlog.testing.capture_logs() as logs:
+    with captured() as logs:
         server = start(ServeConfig((dense,), port=0, device="cpu"))
         try:
             with Client(server.address) as client, ThreadPoolExecutor(8) as pool:
@@ -98,7 +98,7 @@ def test_many_clients_get_the_answers_of_one(dense, monkeypatch):
 def test_a_file_that_has_changed_gives_no_second_session(dense, monkeypatch):
     """What is served is what was loaded: with another file in its place the model goes on with one session."""
     monkeypatch.setattr("serve.models.cpu_count", lambda: 2)
-    with structlog.testing.capture_logs() as logs:
+    with captured() as logs:
         server = start(ServeConfig((dense,), port=0, device="cpu"))
         try:
             dense.write_bytes(dense.read_bytes() + b"\0")

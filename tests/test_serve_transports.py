@@ -10,8 +10,8 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from structlog.testing import capture_logs
 
+from bundle.log import captured
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serve import completion_queue, pace, scheduler, wire
@@ -322,7 +322,7 @@ def test_a_grpcio_without_the_completion_queue_is_served_by_asyncio(tmp_path, mo
     path.write_bytes(identity(np.float32, [None, 2]))
     monkeypatch.setattr(completion_queue.cygrpc, "ReceiveMessageOperation", lambda: None)
 
-    with capture_logs() as logs:
+    with captured() as logs:
         server = start(ServeConfig((path,), port=0, device="cpu", threads=1))
     server.stop(drain_s=0)
     chosen = next(entry for entry in logs if entry["event"] == "transport chosen")

@@ -1,0 +1,121 @@
+"""What happens, as events with fields: lines on stderr, for people or as one JSON object each.
+
+Structured logging in the standard library alone: a server keeps what it imports for as long as it runs.
+"""
+
+import json
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+Level = Literal["info", "warning", "error"]
+Event = dict[str, Any]
+
+_COLORS: dict[str, str] = {"info": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m"}
+_PLAIN = "\x1b[0m"
+_EVENT_WIDTH = 30  # so that the fields of lines stand below each other
+_WORD = re.compile(r"[\w./:+-]+")
+
+
+class Log:
+    """Tells events. One that `bind` gives adds fields of its own to each."""
+
+    def __init__(self, **bound: Any) -> None:
+        self._bound = bound
+
+    def bind(self, **fields: Any) -> "Log":
+        """The same with these fields in every event."""
+        return Log(**{**self._bound, **fields})
+
+    def info(self, event: str, /, **fields: Any) -> None:
+        """What is as it should be."""
+        _tell("info", event, {**self._bound, **fields})
+
+    def warning(self, event: str, /, **fields: Any) -> None:
+        """What somebody may want to change."""
+        _tell("warning", event, {**self._bound, **fields})
+
+    def error(self, event: str, /, **fields: Any) -> None:
+        """What did not work. `exc_info` is an exception whose traceback is told, or True for the one being handled."""
+        _tell("error", event, {**self._bound, **fields})
+
+    def exception(self, event: str, /, **fields: Any) -> None:
+        """What did not work, with the traceback of the exception being handled."""
+        self.error(event, exc_info=True, **fields)
+
+
+log = Log()
+
+
+def configure(*, json: bool = False, wanted: Callable[[Level], bool] = lambda level: True) -> None:
+    """How events are told from now on in this process.
+
+    Args:
+        json: one JSON object a line, not a line for people.
+        wanted: whether events of a level are told.
+    """
+    global _wanted, _write
+    _wanted, _write = wanted, _for_machines if json else _for_people
+
+
+@contextmanager
+def captured() -> Iterator[list[Event]]:
+    """The events within the block, all of them, in a list instead of on stderr."""
+    global _wanted, _write
+    before, events = (_wanted, _write), list[Event]()
+    _wanted, _write = (lambda level: True), events.append
+    try:
+        yield events
+    finally:
+        _wanted, _write = before
+
+
+def _tell(level: Level, event: str, fields: Event) -> None:
+    if _wanted(level):
+        _write({"event": event, "level": level, **fields})
+
+
+def _for_machines(event: Event) -> None:
+    _line(json.dumps({"timestamp": _now(), **_explained(event)}, default=repr))
+
+
+def _for_people(event: Event) -> None:
+    fields = _explained(event)
+    name, level, cause = fields.pop("event"), fields.pop("level"), fields.pop("exception", "")
+    color, plain = (_COLORS[level], _PLAIN) if sys.stderr.isatty() else ("", "")
+    told = " ".join(f"{key}={_shown(fields[key])}" for key in sorted(fields))
+    line = f"{_now()} [{color}{level:<8}{plain}] {name:<{_EVENT_WIDTH}} {told}".rstrip()
+    _line(f"{line}\n{cause}" if cause else line)
+
+
+def _shown(value: Any) -> str:
+    """A word as it is; else as Python writes it, so that no text from elsewhere begins a field or a line of its own."""
+    return value if isinstance(value, str) and _WORD.fullmatch(value) else repr(value)
+
+
+def _explained(event: Event) -> Event:
+    """The event with the traceback of its exception: of the frames, not their variables, which hold what is secret."""
+    fields = dict(event)
+    error = fields.pop("exc_info", None)
+    if error is True:
+        error = sys.exception()
+    if error is not None:
+        fields["exception"] = "".join(traceback.format_exception(error)).rstrip()
+    return fields
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+
+
+def _line(text: str) -> None:
+    sys.stderr.write(f"{text}\n")  # a line and its end in one write: processes share stderr
+    sys.stderr.flush()
+
+
+_wanted: Callable[[Level], bool] = lambda level: True  # noqa: E731
+_write: Callable[[Event], None] = _for_people
