@@ -105,7 +105,7 @@ class Bench:
 
     def __init__(self, source: Source, config: ExportConfig, target: Target, timer: timing.Timer) -> None:
         self.source, self.config, self._target, self._timer = source, config, target, timer
-        self.compiler = Compiler(source, signed=target.signed)
+        self.compiler = Compiler(source, signed=target.signed, qdq=target.device == "tensorrt")
         self._memory = source.memory if timer is timing.interleaved else replace(source.memory, enabled=False)
 
     @cached_property

@@ -91,10 +91,10 @@ def ladder(spec: Input, effort: Effort, device: Device) -> tuple[Recipe, ...]:
     if device == "tensorrt":
         return (FP16, STATIC)
     tried = [STATIC, CORRECTED] if isinstance(spec, ImageInput) else [DYNAMIC, STATIC]
-    if effort != "fast":
-        tried += [PER_TENSOR] if isinstance(spec, ImageInput) else [DYNAMIC_PER_TENSOR]
+    if effort != "fast" and isinstance(spec, ImageInput):
+        tried += [PER_TENSOR]
     if effort == "thorough":
-        tried += [recipe for recipe in (CORRECTED, PERCENTILE, PER_TENSOR) if recipe not in tried]
+        tried += [PERCENTILE] if isinstance(spec, ImageInput) else [PERCENTILE, PER_TENSOR, DYNAMIC_PER_TENSOR]
     return tuple(tried)
 
 
@@ -114,14 +114,15 @@ def recipe_named(name: str, spec: Input, device: Device) -> Recipe:
 class Compiler:
     """Makes candidates; what several of them need is computed once, and only when it is needed."""
 
-    def __init__(self, source: Source, *, signed: bool) -> None:
+    def __init__(self, source: Source, *, signed: bool, qdq: bool = False) -> None:
         """Compute nothing yet.
 
         Args:
             source: what they are made of.
             signed: whether activations become int8, as suits ARM, or uint8, as suits x86.
+            qdq: whether static int8 is QDQ for all inputs, as suits TensorRT.
         """
-        self._source, self._signed = source, signed
+        self._source, self._signed, self._qdq = source, signed, qdq
 
     @cached_property
     def prepared(self) -> bytes:
@@ -182,6 +183,7 @@ class Compiler:
                     per_channel=recipe.per_channel,
                     signed=self._signed,
                     kept=recipe.kept,
+                    qdq=self._qdq,
                 )
                 if recipe.corrected:
                     compiled = quantize.corrected(compiled, start, source.spec, source.calibration)

@@ -15,10 +15,11 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.quant_utils import add_infer_metadata
 
 from bundle.errors import EdgewardError, ModelError
-from bundle.manifest import Input
+from bundle.manifest import ImageInput, Input
 from bundle.session import optimized
 from export import ranges
 from export.correction import corrected as corrected
+from export.dense import int8_products
 from export.fusion import forget_shapes
 from export.placement import CONVOLUTIONAL, DENSE, HEAVY, activations, placed
 from export.placement import Group as Group
@@ -66,10 +67,12 @@ def int8_static(
     per_channel: bool = True,
     signed: bool = False,
     kept: Collection[str] = (),
+    qdq: bool = False,
 ) -> bytes:
-    """Weights in int8, activations in 8 bits with given ranges (QDQ).
+    """Weights in int8, activations in 8 bits with given ranges.
 
-    Which nodes become int8 is decided in export.placement.
+    Which nodes become int8 is decided in export.placement. Graphs of images become QDQ, what is between two int8 nodes
+    included; of all others only the inputs of the products become int8, see export.dense.
 
     Args:
         prepared: fp32, as `prepared` gives it.
@@ -78,6 +81,7 @@ def int8_static(
         per_channel: one scale of the weights for each output channel, instead of one for all.
         signed: activations in int8, as arm64 wants them, instead of uint8; those miss the fast kernels of x86-64.
         kept: nodes that stay in fp32, by name.
+        qdq: QDQ whatever the input is, for a provider that has no other int8.
 
     Raises:
         ModelError: nothing can be quantized, or a node cannot; it is named.
@@ -86,6 +90,9 @@ def int8_static(
     nodes = placed(model, spec, kept)
     wanted = activations(model, nodes)
     _check(model, nodes, known, wanted)
+    if not qdq and not isinstance(spec, ImageInput):
+        int8_products(model, {node.name for node in nodes}, known, per_channel=per_channel, signed=signed)
+        return bytes(model.SerializeToString())
     with _mapped():
         quantizer = QDQQuantizer(
             model,

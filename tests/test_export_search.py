@@ -136,8 +136,8 @@ def test_layers_that_int8_harms_stay_in_fp32(checkpoint, tmp_path, monkeypatch):
     def times(graph, feeds, threads):
         """Every node takes as long as every other; in int8 half as long."""
         nodes = onnx.load_from_string(graph).graph.node
-        quantized = any(node.op_type == "DequantizeLinear" for node in nodes)
-        return {node.name: 0.5 if quantized else 1.0 for node in nodes if node.op_type == "Gemm"}
+        took = {"Gemm": 1.0, "MatMulIntegerToFloat": 0.5}
+        return {node.name: took[node.op_type] for node in nodes if node.op_type in took}
 
     monkeypatch.setattr(quantize, "int8_static", harmful)
     monkeypatch.setattr(bench, "node_times", times)
