@@ -202,10 +202,8 @@ def judge(names: list[str], out: Path) -> None:
         told = json.loads((out / "results" / f"{name}.json").read_bytes())
         model = None if "error" in told else out / "results" / f"{name}.onnx"
         made.append(Made(model=model, **told))
-    rows = []
-    for one in made:
-        print(f"judging {one.name} ...", file=sys.stderr)
-        rows.append(court.row(one))
+    print("judging ...", file=sys.stderr)
+    rows = court.rows(made)
     bold = best(rows)
     found = [plain(row, row.made.name in bold) for row in ranked(rows)]
     described = {**job, "gate": len(court), "cpu": cpu_name(), "results": found}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from bundle.session import Session
 from export.gate import judge_tasks
 from export.graph import joined
 from export.proportions import drop_bounds
-from export.timing import Timing, interleaved
+from export.timing import Feeds, Timing, compared, seconds
 from finetune import evaluate
 from finetune.target import Target
 
 TIMED = 32  # examples that are timed in turns
-SESSIONS = 3  # an odd number
+ROUNDS = 7  # each with new sessions; an odd number
+SURE = 1.943  # 0.95 quantile of Student's t with ROUNDS - 1 degrees of freedom
 VERDICTS = ("PASS", "INCONCLUSIVE", "FAIL")
 
 
@@ -49,12 +51,8 @@ class Row:
     threads: int = 0
     mb: float = 0.0
     error: str | None = None
+    times: np.ndarray = field(default_factory=lambda: np.zeros((ROUNDS, 0)))  # seconds of a run, (ROUNDS, TIMED)
     right: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # which examples it answers right, bool (N,)
-
-    @property
-    def point(self) -> tuple[float, float] | None:
-        """Its drop of accuracy and its latency's ratio to fp32's; the smaller, the better."""
-        return (self.record.drop, self.timing.ratio) if self.record and self.timing else None
 
 
 class Judge:
@@ -74,57 +72,90 @@ class Judge:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def row(self, made: Made) -> Row:
-        """Judge one file, one example a run; with one thread and with all, of which the faster counts."""
+    def rows(self, made: Sequence[Made]) -> list[Row]:
+        """Judge all files, one example a run, and time them in turns."""
+        rows = [self._judged(one) for one in made]
+        ran = [i for i, row in enumerate(rows) if row.record is not None]
+        graphs = [path.read_bytes() for i in ran if (path := made[i].model) is not None]
+        feeds = [preprocess.collate([row], self._spec) for row in self._rows[:TIMED]]
+        for i, (timing, threads, times) in zip(ran, timed(graphs, self._reference_graph, feeds), strict=True):
+            rows[i] = replace(rows[i], timing=timing, threads=threads, times=times)
+        return rows
+
+    def _judged(self, made: Made) -> Row:
+        """What a file answers, its time not looked at."""
         if made.model is None:
             return Row(made, error=made.error)
+        graph = made.model.read_bytes()
         try:
-            graph = made.model.read_bytes()
-            timing, session = self._fastest(graph)
+            session = Session(graph, device="cpu")
             outputs = predict_logits(session, self._spec, self._rows, batch_invariant=False)
             logits = joined(outputs, self._tasks)
         except (EdgewardError, KeyError) as error:  # KeyError: it lost the names of its outputs
             return Row(made, error=f"{type(error).__name__}: {error}")
         (record,) = judge_tasks(self._tasks, self._targets, self._reference, logits, budget=self.budget)
         right = logits.argmax(axis=1) == self._targets[0].values
-        return Row(made, record, timing, session.threads, len(graph) / 1e6, right=right)
+        return Row(made, record, mb=len(graph) / 1e6, right=right)
 
-    def _fastest(self, graph: bytes) -> tuple[Timing, Session]:
-        """With one thread or all, whichever is faster; of SESSIONS pairs of new sessions each.
 
-        Two sessions of one file can differ by 6% for as long as they live; the interval has to hold that as well.
-        """
-        feeds = [preprocess.collate([row], self._spec) for row in self._rows[:TIMED]]
-        timed = []
-        for threads in sorted({1, cpu_count()}):
-            session = Session(graph, device="cpu", threads=threads)
-            found = [interleaved(session, self._fp32(), feeds)]
-            found += [
-                interleaved(Session(graph, device="cpu", threads=threads), self._fp32(), feeds)
-                for _ in range(SESSIONS - 1)
-            ]
-            middle = sorted(found, key=lambda one: one.ratio)[SESSIONS // 2]
-            lower, upper = min(one.ratio_lower for one in found), max(one.ratio_upper for one in found)
-            timed.append((replace(middle, ratio_lower=lower, ratio_upper=upper), session))
-        return min(timed, key=lambda each: each[0].ratio)
+def timed(graphs: Sequence[bytes], reference: bytes, feeds: Sequence[Feeds]) -> list[tuple[Timing, int, np.ndarray]]:
+    """Each graph with one thread or with all, whichever is faster: against the faster of the two of the reference.
 
-    def _fp32(self) -> Session:
-        return Session(self._reference_graph, device="cpu")
+    All run in turns, forwards and backwards, so that what befalls the machine befalls them all. Two sessions of one
+    file can differ by 6% for as long as they live, and with two threads by a third: hence the rounds.
+
+    Returns:
+        Of each graph the timing, the number of threads, and the seconds of a run, (ROUNDS, feeds).
+    """
+    counts = sorted({1, cpu_count()})
+    rounds = [_turns([reference, *graphs], counts, feeds) for _ in range(ROUNDS)]
+    times = np.array(rounds)  # (round, graph, number of threads, feed)
+    fp32 = [min(each[0], key=np.median) for each in times]
+    found = []
+    for i in range(1, len(graphs) + 1):
+        over = [_over([compared(*each) for each in zip(times[:, i, j], fp32, strict=True)]) for j in range(len(counts))]
+        j = min(range(len(counts)), key=lambda j: over[j].ratio)
+        found.append((over[j], counts[j], times[:, i, j]))
+    return found
+
+
+def _turns(graphs: Sequence[bytes], counts: Sequence[int], feeds: Sequence[Feeds]) -> list[list[list[float]]]:
+    """Seconds of a run: by graph, number of threads and feed."""
+    sessions = [Session(graph, device="cpu", threads=count) for graph, count in product(graphs, counts)]
+    took: list[list[float]] = [[] for _ in sessions]
+    for i, feed in enumerate(feeds):
+        for j in range(len(sessions))[:: 1 if i % 2 == 0 else -1]:
+            took[j].append(seconds(sessions[j], feed))
+    return [took[i : i + len(counts)] for i in range(0, len(took), len(counts))]
+
+
+def _over(rounds: Sequence[Timing]) -> Timing:
+    """The middle one, with an interval that holds those of all."""
+    middle = sorted(rounds, key=lambda one: one.ratio)[len(rounds) // 2]
+    lower, upper = min(one.ratio_lower for one in rounds), max(one.ratio_upper for one in rounds)
+    return replace(middle, ratio_lower=lower, ratio_upper=upper)
 
 
 def beaten(own: Row, other: Row) -> bool:
-    """Whether the other is no worse in accuracy and latency, and surely better in one of them.
+    """Whether the other is surely better in accuracy or latency, and not surely worse in the one that is left.
 
-    Surely: the intervals of the latency ratios do not meet, or the exact examples that only one of them answers right
-    show it by Tango's bound. What neither the clock nor the examples can tell is no loss.
+    Surely, with 95% confidence each: by the ratio of their times, of which every round is one observation, or by the
+    exact examples that only one of them answers right and Tango's bound. What neither the clock nor the examples can
+    tell is no difference, for either of them.
     """
-    if own.point is None or other.point is None or own.timing is None or other.timing is None:
-        return False
-    if any(theirs > mine for theirs, mine in zip(other.point, own.point, strict=True)):
-        return False
-    lost, won = int((other.right & ~own.right).sum()), int((own.right & ~other.right).sum())
-    more_accurate = drop_bounds(lost, won, len(own.right), 0.95)[0] > 0
-    return more_accurate or other.timing.ratio_upper < own.timing.ratio_lower
+    faster, slower = _faster(other, own), _faster(own, other)
+    better, worse = _more_accurate(other, own), _more_accurate(own, other)
+    return (faster and not worse) or (better and not slower)
+
+
+def _faster(one: Row, other: Row) -> bool:
+    rounds = np.log(np.median(one.times / other.times, axis=1))
+    return bool(rounds.mean() + SURE * rounds.std(ddof=1) / len(rounds) ** 0.5 < 0)
+
+
+def _more_accurate(one: Row, other: Row) -> bool:
+    lost, won = int((one.right & ~other.right).sum()), int((other.right & ~one.right).sum())
+    return drop_bounds(lost, won, len(one.right), 0.95)[0] > 0
 
 
 def ranked(rows: Sequence[Row]) -> list[Row]:
