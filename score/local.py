@@ -25,7 +25,7 @@ from score.units import Plan, Unit, UnitReport
 from score.usage import measured
 
 # A process keeps the memory of a chunk for the next one: Arrow's allocator would give it back, and every chunk begin
-# with page faults, which cost vectors a fifth (2.3 µs a row of one core instead of 1.9). It reads this when it is loaded.
+# with page faults: a vector then takes 2.3 µs of a core instead of 1.9. It reads this when it is loaded.
 _ALLOCATOR = {"MIMALLOC_PURGE_DELAY": "-1"}
 MAX_DEATHS = 2  # of processes that had the same unit in hand
 _CLOSING_S = 10.0  # to remove what is half-written

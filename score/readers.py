@@ -170,27 +170,50 @@ class Reader:
 
     def _ranges(self, unit: Unit) -> Iterator[Chunk]:
         if self._cursor is None or not self._cursor.reaches(unit):
-            self._cursor = _Cursor(self._wanted, unit, self._chunk)
+            known = self._cursor.file if self._cursor and self._cursor.file.path == unit.file else None
+            self._cursor = _Cursor(known or _Opened.of(self._wanted, unit), unit, self._chunk)
         yield from self._cursor.read(unit)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What is known of a Parquet or .npz file when it has been opened once.
+
+    Attributes:
+        path: of the file.
+        columns: that hold what is wanted.
+        types: of those that are kept.
+        footer: of Parquet.
+    """
+
+    path: str
+    columns: Columns
+    types: Mapping[str, pa.DataType]
+    footer: Any
+
+    @classmethod
+    def of(cls, wanted: Wanted, unit: Unit) -> "_Opened":
+        """That of a unit."""
+        footer = row_groups.footer(unit.file) if unit.kind == "parquet" else None
+        return cls(unit.file, *wanted.columns(unit.file, unit.kind), footer)
 
 
 class _Cursor:
     """Where reading of a Parquet or .npz file has got to."""
 
-    def __init__(self, wanted: Wanted, unit: Unit, chunk: int) -> None:
-        self._columns, types = wanted.columns(unit.file, unit.kind)
-        self._types = types
+    def __init__(self, file: _Opened, unit: Unit, chunk: int) -> None:
+        self.file = file
         self._tables = (
-            row_groups.tables(unit.file, self._columns.all, unit.start, chunk)
+            row_groups.tables(unit.file, file.columns.all, unit.start, chunk, file.footer)
             if unit.kind == "parquet"
-            else arrays.blocks(self._columns, unit.start, chunk)
+            else arrays.blocks(file.columns, unit.start, chunk)
         )
         self._group = self._row = 0
         self._rest: Any = None
 
     def reaches(self, unit: Unit) -> bool:
         """Whether the unit comes next, or after rows that have to be read on the way to it."""
-        if unit.file != self._columns.path or self._rest is None or unit.first_row < self._row:
+        if unit.file != self.file.path or self._rest is None or unit.first_row < self._row:
             return False
         return unit.start <= self._group or unit.first_row <= self._row + _length(self._rest)
 
@@ -207,17 +230,17 @@ class _Cursor:
     def _next(self) -> tuple[int, int, Any]:
         found = next(self._tables, None)
         if found is None:
-            raise DataError(f"{self._columns.path} has fewer rows than when the run was planned.")
+            raise DataError(f"{self.file.path} has fewer rows than when the run was planned.")
         return found
 
     def _chunk(self, row: int, taken: Any) -> Chunk:
-        path, keep = self._columns.path, self._columns.keep
+        path, columns = self.file.path, self.file.columns
         if isinstance(taken, pa.Table):
-            kept = {name: taken[column] for name, column in keep.items()}
-            return Chunk(path, row, from_arrow(self._columns, taken), kept)
-        table = pa.table({name: _arrow(taken[name]) for name in self._columns.inputs.values()})
-        kept = {name: pa.array(taken[column], self._types[name]) for name, column in keep.items()}
-        return Chunk(path, row, from_arrow(self._columns, table), kept)
+            kept = {name: taken[column] for name, column in columns.keep.items()}
+            return Chunk(path, row, from_arrow(columns, taken), kept)
+        table = pa.table({name: _arrow(taken[name]) for name in columns.inputs.values()})
+        kept = {name: pa.array(taken[column], self.file.types[name]) for name, column in columns.keep.items()}
+        return Chunk(path, row, from_arrow(columns, table), kept)
 
 
 def _length(rows: Any) -> int:

@@ -11,23 +11,33 @@ from bundle.errors import DataError
 from score.files import system_of
 
 CHUNK_BYTES = 16 << 20  # of the rows that are read together
-_BUFFER = 1 << 20
+_LEAN: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 20}
 
 
 @contextmanager
-def open_parquet(path: str) -> Iterator[Any]:
+def open_parquet(path: str, metadata: Any = None) -> Iterator[Any]:
     """A parquet.ParquetFile that holds no more of a row group in memory than it is asked for.
+
+    Args:
+        path: of the file.
+        metadata: its footer, from `footer`, which then is not read again.
 
     Raises:
         DataError: it is none, also when that is found in the block.
     """
     system, inside = system_of(path)
     try:
-        with parquet.ParquetFile(inside, filesystem=system, pre_buffer=False, buffer_size=_BUFFER) as file:
+        with parquet.ParquetFile(inside, metadata=metadata, filesystem=system, **_LEAN) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split()).rstrip(" .")  # of several lines, some of them
         raise DataError(f"{path} cannot be read as Parquet: {reason}.") from error
+
+
+def footer(path: str) -> Any:
+    """The metadata of a file, a parquet.FileMetaData: with thousands of row groups it takes a while to read."""
+    with open_parquet(path) as file:
+        return file.metadata
 
 
 def schema(path: str) -> dict[str, pa.DataType]:
@@ -56,10 +66,9 @@ def cut(path: str, unit_rows: int) -> Iterator[tuple[int, int, int, int]]:
         yield first, rows, start, len(sizes)
 
 
-def tables(path: str, columns: list[str], start: int, chunk: int) -> Iterator[tuple[int, int, pa.Table]]:
+def tables(path: str, columns: list[str], start: int, chunk: int, metadata: Any) -> Iterator[tuple[int, int, pa.Table]]:
     """Everything from row group `start` on, at most `chunk` rows at a time, as (row group, first row, rows)."""
-    with open_parquet(path) as file:
-        metadata = file.metadata
+    with open_parquet(path, metadata) as file:
         row = sum(metadata.row_group(group).num_rows for group in range(start))
         for group in range(start, metadata.num_row_groups):
             rows = metadata.row_group(group)
