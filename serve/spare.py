@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 
 from bundle.errors import EdgewardError
+from bundle.host import trim_memory
 from bundle.log import log
 from bundle.session import Session
 
@@ -39,3 +40,4 @@ class Spare:
             log.warning("runs one at a time", model=self._name, because=str(error) or "no memory is left")
         else:
             log.info("runs side by side", model=self._name)
+            trim_memory()  # the bytes that the session was made of, and what the runtime packed anew
