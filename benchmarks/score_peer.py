@@ -2,7 +2,7 @@
 
 session    The bundle's bare session on tensors that are there already: the longest first, nothing read or written.
 stages     CPU seconds a row of reading, preprocessing, session and writing, each alone, in one thread; writing is what
-           makes logits the columns of a part on the disk.
+           makes logits a part on the disk, with every column that a part has.
 together   The same while every core does the same.
 pipeline   transformers' pipeline with a network of the same architecture, in torch.
 datasets   datasets.map, with the bundle.
@@ -139,6 +139,7 @@ def staged(bundle: str, source: Path, out: Path, ready: Callable[[], Any]) -> di
     reader = Reader(Wanted(spec, {}, {}), plan.files, STAGED)
     units = plan.units[:2]
     count = sum(unit.rows for unit in units)
+    sum(1 for unit in units for _ in reader.read(unit))  # takes the memory that the run, too, takes but once
     ready()
     _, read_s = timed(lambda: [len(chunk.raws) for unit in units for chunk in reader.read(unit)])
     chunks = [chunk for unit in units for chunk in reader.read(unit)]

@@ -39,13 +39,13 @@ from bundle.host import cpu_count, cpu_name
 ROOT = Path(__file__).resolve().parents[1]
 PEER = str(ROOT / "benchmarks" / "score_peer.py")
 RESULTS = ROOT / "benchmarks" / "results"
-ROWS = {"text": 8_000, "images": 2_000, "vectors": 2_000_000, "words": 400_000}
+ROWS = {"text": 8_000, "images": 2_000, "vectors": 5_000_000, "words": 1_000_000}
 SIDES = ("edgeward", "session", "stages", "together", "pipeline", "datasets", "ray")
 LIMITS = {"stages": "limit, one core at work", "together": "limit, all cores at work"}
 SAME = ("datasets", "ray")  # run the same model as we do
 PIPED = ("text", "images")  # what transformers has a pipeline for
 LIMIT_S = 3600.0  # of one side
-SAMPLED_S = 0.25  # between two looks at the memory, which take time from those who are looked at
+SAMPLED_S = 1.0  # between two looks at the memory, which take 6 ms of a core from those who are looked at
 ALLOCATOR = {"MIMALLOC_PURGE_DELAY": "-1"}  # of Arrow, as the processes of `edgeward score` have it
 SILENT = {
     "DO_NOT_TRACK": "1",
