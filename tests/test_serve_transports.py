@@ -276,11 +276,14 @@ def test_a_server_stops_with_calls_of_every_kind_open(server, stub, channel, gat
     gate.began.get(timeout=PATIENCE_S)
     until(lambda: server._admission.snapshot().requests == 3)
 
-    server.stop(drain_s=0)
-
+    stopping = threading.Thread(target=server.stop, kwargs={"drain_s": 0})
+    stopping.start()
     with pytest.raises(grpc.RpcError):  # after the news that nothing is served any more
         list(health)
     assert {call.code() for call in [*calls, health]} <= {grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE}
+    gate.opened.set()  # a run cannot be cut off
+    stopping.join(PATIENCE_S)
+    assert not stopping.is_alive()
     never.set()
 
 
