@@ -139,10 +139,13 @@ def _product(model: onnx.ModelProto, product: _Product, *, per_channel: bool) ->
     int8 = np.rint(product.weights / scales).clip(-127, 127).astype(np.int8)
     model.graph.initializer.append(numpy_helper.from_array(int8, f"{name}_int8"))
     model.graph.initializer.append(numpy_helper.from_array(np.asarray(scales, np.float32), f"{name}_scales"))
+    taken = [f"{value}_quantized", f"{name}_int8", f"{value}_scale", f"{name}_scales", f"{value}_zero_point"]
+    # Said, though it is 0: where products saturate, ONNX Runtime turns the weights to uint8 and writes it there.
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0, np.int8), f"{name}_zero_point"))
+    taken.append(f"{name}_zero_point")
     if product.bias is not None:
         model.graph.initializer.append(numpy_helper.from_array(product.bias.astype(np.float32), f"{name}_bias"))
-    taken = [f"{value}_quantized", f"{name}_int8", f"{value}_scale", f"{name}_scales", f"{value}_zero_point"]
-    taken += ["", f"{name}_bias"] if product.bias is not None else []
+        taken.append(f"{name}_bias")
     return helper.make_node("MatMulIntegerToFloat", taken, [product.output], name, domain="com.microsoft")
 
 

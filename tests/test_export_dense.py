@@ -5,6 +5,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from bundle.runtime import onnxruntime
 from bundle.session import Session, optimized
 from export.dense import SPREAD, int8_products
 
@@ -84,6 +85,19 @@ def test_columns_that_differ_have_scales_of_their_own():
         )
     }
     assert sizes == {"alike": [], "uneven": [8], "asked for": []}
+
+
+@pytest.mark.parametrize("nodes", [PLAIN, UNEVEN, GEMM])
+def test_products_can_be_made_exact(nodes):
+    """Where they saturate the runtime turns the weights to uint8, which takes a zero point, and answers the same."""
+    made = quantized(graph_of(*nodes)).SerializeToString()
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    exact = onnxruntime.InferenceSession(made, options, providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(1).uniform(-4, 4, (5, 16)).astype(np.float32)
+
+    assert all(node.input[5] for node in onnx.load_from_string(made).graph.node if node.domain == "com.microsoft")
+    np.testing.assert_allclose(exact.run(None, {"x": x})[0], run(onnx.load_from_string(made)), rtol=1e-6)
 
 
 def test_answers_do_not_depend_on_the_batch():
