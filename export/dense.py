@@ -1,7 +1,8 @@
-"""Static int8 of matrix products: their inputs in 8 bits by given ranges, what they give in fp32.
+"""int8 of matrix products: their inputs in 8 bits, by given ranges or by those of every run; what they give in fp32.
 
 A text encoder adds what a product gives to what it had, and normalises the sum: 8 bits for it would cost accuracy and a
-conversion. ONNX Runtime has the kernel, which adds the bias as well, as `com.microsoft.MatMulIntegerToFloat`.
+conversion. ONNX Runtime has kernels that add the bias as well: `com.microsoft.MatMulIntegerToFloat` and, for ranges of
+every run, `DynamicQuantizeMatMul`.
 """
 
 from collections import defaultdict
@@ -41,19 +42,22 @@ class _Product:
 def int8_products(
     model: onnx.ModelProto,
     names: Collection[str],
-    ranges: Mapping[str, tuple[float, float]],
+    ranges: Mapping[str, tuple[float, float]] | None,
     *,
     per_channel: bool,
-    signed: bool,
-) -> None:
+    signed: bool = False,
+) -> int:
     """Make products int8, in place; those whose weights are not constant, or not a matrix, stay in fp32.
 
     Args:
         model: fp32, its nodes named.
         names: of the MatMul and Gemm nodes that may become int8.
-        ranges: least and greatest value of their inputs, zero included.
+        ranges: least and greatest value of their inputs, zero included; None: those of every run.
         per_channel: one scale a column of the weights where those differ much (see SPREAD), instead of one for all.
-        signed: inputs in int8 instead of uint8.
+        signed: inputs in int8 instead of uint8, by given ranges only.
+
+    Returns:
+        How many there are.
     """
     products = {product.node.name: product for product in _products(model, names)}
     inside = {name for product in products.values() for name in product.nodes[1:]}
@@ -65,15 +69,16 @@ def int8_products(
         if product is None:
             continue
         value = node.input[0]
-        if value not in quantized:
+        if ranges is not None and value not in quantized:
             quantized.add(value)
             nodes.append(_quantize(model, value, ranges[value], signed=signed))
-        nodes.append(_product(model, product, per_channel=per_channel))
+        nodes.append(_product(model, product, per_channel=per_channel, static=ranges is not None))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     _forget_unused(model)
     if all(entry.domain != "com.microsoft" for entry in model.opset_import):
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return len(products)
 
 
 def _products(model: onnx.ModelProto, names: Collection[str]) -> list[_Product]:
@@ -131,7 +136,7 @@ def _quantize(model: onnx.ModelProto, value: str, limits: tuple[float, float], *
     return helper.make_node("QuantizeLinear", names, [f"{value}_quantized"], f"{value}_QuantizeLinear")
 
 
-def _product(model: onnx.ModelProto, product: _Product, *, per_channel: bool) -> onnx.NodeProto:
+def _product(model: onnx.ModelProto, product: _Product, *, per_channel: bool, static: bool) -> onnx.NodeProto:
     name, value = product.node.name, product.node.input[0]
     columns = np.abs(product.weights).max(axis=0)
     alike = not per_channel or columns.max() <= SPREAD * np.median(columns)
@@ -139,14 +144,17 @@ def _product(model: onnx.ModelProto, product: _Product, *, per_channel: bool) ->
     int8 = np.rint(product.weights / scales).clip(-127, 127).astype(np.int8)
     model.graph.initializer.append(numpy_helper.from_array(int8, f"{name}_int8"))
     model.graph.initializer.append(numpy_helper.from_array(np.asarray(scales, np.float32), f"{name}_scales"))
-    taken = [f"{value}_quantized", f"{name}_int8", f"{value}_scale", f"{name}_scales", f"{value}_zero_point"]
     # Said, though it is 0: where products saturate, ONNX Runtime turns the weights to uint8 and writes it there.
     model.graph.initializer.append(numpy_helper.from_array(np.array(0, np.int8), f"{name}_zero_point"))
-    taken.append(f"{name}_zero_point")
+    taken = [value, f"{name}_int8", f"{name}_scales", f"{name}_zero_point"]
+    if static:
+        taken = [f"{value}_quantized", f"{name}_int8", f"{value}_scale", f"{name}_scales"]
+        taken += [f"{value}_zero_point", f"{name}_zero_point"]
     if product.bias is not None:
         model.graph.initializer.append(numpy_helper.from_array(product.bias.astype(np.float32), f"{name}_bias"))
         taken.append(f"{name}_bias")
-    return helper.make_node("MatMulIntegerToFloat", taken, [product.output], name, domain="com.microsoft")
+    kernel = "MatMulIntegerToFloat" if static else "DynamicQuantizeMatMul"
+    return helper.make_node(kernel, taken, [product.output], name, domain="com.microsoft")
 
 
 def _cheap(node: onnx.NodeProto) -> onnx.NodeProto:

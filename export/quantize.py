@@ -1,9 +1,7 @@
 """The fp32 graph in int8: static by given ranges, dynamic, and weights alone. Which one ships is not decided here."""
 
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -132,16 +130,14 @@ def int8_dynamic(graph: bytes, *, per_channel: bool = True, kept: Collection[str
     Raises:
         ModelError: it cannot be quantized.
     """
-    with _mapped(), tempfile.TemporaryDirectory(prefix="edgeward-") as folder:
-        ort_quantization.quantize_dynamic(
-            onnx.load_from_string(graph),
-            Path(folder) / "int8.onnx",
-            op_types_to_quantize=list(DENSE),
-            weight_type=ort_quantization.QuantType.QInt8,
-            nodes_to_exclude=list(kept),
-            per_channel=per_channel,
-        )
-        return (Path(folder) / "int8.onnx").read_bytes()
+    with _mapped():
+        model = onnx.load_from_string(graph)
+        for i, node in enumerate(model.graph.node):
+            node.name = node.name or f"{node.op_type}_{i}"
+        names = {node.name for node in model.graph.node if node.op_type in DENSE and node.name not in kept}
+        if not int8_products(model, names, None, per_channel=per_channel):
+            raise ModelError(f"the graph cannot be quantized: it has no {', '.join(DENSE)} with constant weights.")
+        return bytes(model.SerializeToString())
 
 
 def _check(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], known: Ranges, wanted: Collection[str]) -> None:
