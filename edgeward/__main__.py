@@ -21,7 +21,7 @@ app.command("edgeward.stages:finetune", name="finetune", help="Adapt a pretraine
 app.command("edgeward.stages:export", name="export", help="Compile a checkpoint into a bundle that kept its accuracy.")
 app.command("edgeward.serving:serve", name="serve", help="Answer gRPC calls from bundles and ONNX models.")
 app.command("edgeward.scoring:score", name="score", help="Score files of any size, every row exactly once.")
-app.command("edgeward.serving:infer", name="infer", help="Ask a running server.")
+app.command("edgeward.inferring:infer", name="infer", help="Ask a running server.")
 app.command("edgeward.bundles:inspect", name="inspect", help="Show what is in a bundle.")
 app.command("edgeward.bundles:verify", name="verify", help="Check every hash of a bundle and run its self-test.")
 
