@@ -229,7 +229,8 @@ def main() -> None:
         for figure in GOALS[name](options):
             print(figure.line(), file=sys.stderr, flush=True)
             found.append(figure)
-    title = f"`make bench-serve`, {cpu_count()} cores {cpu_name()}, {datetime.now(UTC):%Y-%m-%d}"
+    machine = f"{cpu_count()} cores {cpu_name()}, {datetime.now(UTC):%Y-%m-%d}"
+    title = f"`make bench-serve`, {machine}; all are asked by benchmarks/http2.py, one process, one connection."
     print(f"{title}\n\n{table([figure for found in figures.values() for figure in found])}")
     if chosen.keep:
         keep("serve_speed", title, figures, list(GOALS))
