@@ -57,22 +57,20 @@ def rank(groups: Sequence[Group], harms: Sequence[float], gains: Sequence[float]
     return sorted(ranked, key=lambda one: -one.harm / one.gain_ms if one.gain_ms > 0 else -math.inf)
 
 
-def search(ranked: Sequence[Ranked], passes: Passes, room_ms: float = math.inf) -> list[Ranked] | None:
+def search(ranked: Sequence[Ranked], passes: Passes) -> list[Ranked] | None:
     """The groups to keep in fp32: few, and little time lost by them.
 
-    First the longest prefix is tried that would still pay. Where it passes, a binary search takes log₂ G trials. A
-    longer prefix need not be better, so a shorter neighbour is tried, too; then the kept groups are given back to int8
-    one by one, those first that save most.
+    A binary search of the prefix takes log₂ G trials. A longer prefix need not be better, so its neighbours are tried,
+    too; then the kept groups are given back to int8 one by one, those first that save most.
 
     Args:
         ranked: all groups, those first that are best kept.
         passes: whether the model is accurate enough with these groups in fp32.
-        room_ms: how much of a run's time may be lost by keeping them.
 
     Returns:
-        Groups with which it passes, or None when that takes more than there is room for.
+        Groups with which it passes, or None when that takes all of them.
     """
-    length = _shortest(ranked, passes, affordable(ranked, room_ms))
+    length = _shortest(ranked, passes)
     if length is None:
         return None
     kept = list(ranked[:length])
@@ -83,14 +81,8 @@ def search(ranked: Sequence[Ranked], passes: Passes, room_ms: float = math.inf) 
     return kept
 
 
-def affordable(ranked: Sequence[Ranked], room_ms: float) -> int:
-    """The length of the longest proper prefix that loses no more time than there is room for."""
-    lost = np.cumsum([max(one.gain_ms, 0.0) for one in ranked])
-    return min(int(np.searchsorted(lost, room_ms, side="right")), len(ranked) - 1)
-
-
-def _shortest(ranked: Sequence[Ranked], passes: Passes, longest: int) -> int | None:
-    """The length of the shortest prefix that passes, as far as a binary search can tell; None: the longest does not."""
+def _shortest(ranked: Sequence[Ranked], passes: Passes) -> int | None:
+    """The length of the shortest prefix that passes, as far as a binary search can tell; None: no proper one does."""
     known: dict[int, bool] = {}
 
     def passing(length: int) -> bool:
@@ -98,13 +90,14 @@ def _shortest(ranked: Sequence[Ranked], passes: Passes, longest: int) -> int | N
             known[length] = passes([one.group for one in ranked[:length]])
         return known[length]
 
-    if longest < 1 or not passing(longest):
-        return None
-    low, high = 0, longest  # nothing kept fails
+    low, high = 0, len(ranked)  # nothing kept fails, and everything kept is fp32
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if passing(middle) else (middle, high)
-    return high - 2 if high > 2 and passing(high - 2) else high
+    for length in (high - 2, high):
+        if 0 < length < len(ranked) and passing(length):
+            return length
+    return high if high < len(ranked) else None
 
 
 def times_of(groups: Sequence[Group], outputs: Mapping[str, str], times: Mapping[str, float]) -> list[float]:

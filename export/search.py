@@ -116,7 +116,7 @@ def _accuracy(candidate: Candidate) -> tuple[bool, float, float]:
 def mixed_precision(candidates: Sequence[Candidate], bench: Bench) -> list[Candidate]:
     """Of static int8 that is too inaccurate: the same with those layers in fp32 that it takes, if that is still faster.
 
-    It is tried when that could be faster than what would ship without it, by profiles of the layers.
+    It is tried when static int8 is faster than everything that is accurate enough.
     """
     config, source = bench.config, bench.source
     static = [
@@ -128,22 +128,17 @@ def mixed_precision(candidates: Sequence[Candidate], bench: Bench) -> list[Candi
     chosen = choose(candidates, config)
     if base is None or _enough(base, bench):
         return []
-    to_beat = WORTHWHILE * _expected_time(chosen, speed(candidates[0], config.optimize), config.optimize)
-    assert base.latency is not None
-    room_ms = base.latency.p50_ms * (to_beat / speed(base, config.optimize) - 1)
-    groups = placement.groups(bench.compiler.prepared, source.spec)
-    gains = bench.gains(base, groups) if room_ms > 0 else []
-    if min(gains, default=0.0) > room_ms or room_ms <= 0:
-        log.info("no mixed precision", because="already one layer in fp32 would cost too much time", variant=base.name)
+    if _enough(chosen, bench) and speed(chosen, config.optimize) * WORTHWHILE <= speed(base, config.optimize):
         return []
-    ranked = mixed.rank(groups, bench.harms(base, groups), gains)
+    groups = placement.groups(bench.compiler.prepared, source.spec)
+    ranked = mixed.rank(groups, bench.harms(base, groups), bench.gains(base, groups))
 
     @cache
     def measured(kept: tuple[Group, ...]) -> Candidate:
         nodes = tuple(name for group in kept for name in group.nodes)
         return bench.measure(replace(base.recipe, kept=nodes))
 
-    kept = mixed.search(ranked, lambda some: _enough(measured(tuple(some)), bench), room_ms)
+    kept = mixed.search(ranked, lambda some: _enough(measured(tuple(some)), bench))
     if not kept:
         log.info("no mixed precision", because="too many layers would have to stay in fp32", variant=base.name)
         return []

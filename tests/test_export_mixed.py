@@ -47,19 +47,6 @@ def test_gives_up_when_everything_must_be_fp32():
     assert search(ranked, lambda kept: False) is None
 
 
-def test_nothing_is_searched_that_would_not_pay():
-    """The longest prefix that there is time for is tried first; where it fails, or is empty, that is all."""
-    ranked = rank(groups(16), harms=np.arange(16, 0, -1).tolist(), gains=[1.0] * 16)
-    for room, trials in ((0.5, 0), (3.5, 1)):
-        passes, asked = counted({"g4"})
-        assert search(ranked, passes, room) is None
-        assert len(asked) == trials
-    passes, asked = counted({"g4"})
-    kept = search(ranked, passes, 5.0)
-    assert kept is not None
-    assert asked[0] == {f"g{i}" for i in range(5)}
-
-
 def test_a_longer_prefix_that_fails_does_not_hide_a_shorter_one():
     """Accuracy is not monotone in what is kept: the prefix that was found must itself pass."""
     ranked = rank(groups(9), harms=np.arange(9, 0, -1).tolist(), gains=[1.0] * 9)
