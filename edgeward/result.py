@@ -27,9 +27,7 @@ def give(value: Any, rendered: "RenderableType", *, json: bool) -> None:
 
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        from rich.console import Console  # which a server does not need
-
-    console = Console(highlight=False, markup=False, width=120)
+        console = Console(highlight=False, markup=False, width=120)
     console.print(rendered)
 
 
