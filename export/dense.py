@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from export.scaling import attributes, drop_unused
+
 SPREAD = 8.0
 """How many times the median column the largest one may be where one scale serves them all.
 
@@ -75,7 +77,7 @@ def int8_products(
         nodes.append(_product(model, product, per_channel=per_channel, static=ranges is not None))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    _forget_unused(model)
+    drop_unused(model.graph)
     if all(entry.domain != "com.microsoft" for entry in model.opset_import):
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     return len(products)
@@ -102,7 +104,7 @@ def _with_bias(
     node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], readers: Mapping[str, list[onnx.NodeProto]]
 ) -> _Product | None:
     """The product of a node; None where this kernel cannot compute it."""
-    settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    settings = attributes(node)
     weights = numpy_helper.to_array(constants[node.input[1]])
     if settings.get("transA") or weights.ndim != 2:
         return None
@@ -163,10 +165,3 @@ def _cheap(node: onnx.NodeProto) -> onnx.NodeProto:
         del node.attribute[:]
         node.attribute.append(helper.make_attribute("approximate", "tanh"))
     return node
-
-
-def _forget_unused(model: onnx.ModelProto) -> None:
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)

@@ -46,7 +46,7 @@ def scale_rows(model: onnx.ModelProto) -> bool:
     rest = [node for node in nodes if not any(node is step for step in steps)]
     del graph.node[:]
     graph.node.extend([*placed, *rest])
-    _drop_unused(graph)
+    drop_unused(graph)
     return True
 
 
@@ -73,7 +73,8 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {each.name: helper.get_attribute_value(each) for each in node.attribute}
 
 
-def _drop_unused(graph: onnx.GraphProto) -> None:
+def drop_unused(graph: onnx.GraphProto) -> None:
+    """Forget the initializers that no node reads."""
     used = {name for node in graph.node for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
