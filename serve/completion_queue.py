@@ -260,7 +260,7 @@ class Transport:
         self._answering = Answering(service, admission, self._health, self._step_aside)
         self._calls = Calls()
         self._shut = False
-        self._look_at = self._until = 0.0  # when to look at late requests, in time.monotonic() and in time.time()
+        self._look_at = 0.0
         self._ended = threading.Event()
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(wire.options(config), False)
@@ -333,13 +333,13 @@ class Transport:
         """One event, which is let go with this frame; whether it was the last."""
         now = time.monotonic()
         if now >= self._look_at:
-            self._look_at, self._until = now + _TURN_S, time.time() + _TURN_S
+            self._look_at = now + _TURN_S
             self._refuse_late()
         if self._shut and not self._calls.open:
             self._shut = False
             self._calls.flush()
             self._queue.shutdown()  # from here on no batch may begin; those that have begun still end
-        event = self._queue.poll(0 if self._calls.held else self._until)
+        event = self._queue.poll(0 if self._calls.held else time.time() + _TURN_S)
         if event.tag is None:  # nothing has happened, or nothing ever will
             self._calls.flush()
             return bool(event.completion_type == cygrpc.CompletionType.queue_shutdown)
