@@ -52,7 +52,7 @@ class _Place(NamedTuple):
 
 def absolute(path: str) -> str:
     """A local path from the root; a URL as it is."""
-    return path if _SCHEME.match(path) else os.path.abspath(path)
+    return os.path.abspath(path) if is_local(path) else path
 
 
 def is_local(path: str) -> bool:
@@ -109,7 +109,7 @@ def open_file(path: str) -> BinaryIO:
     Raises:
         OSError: it cannot be opened.
     """
-    if not _SCHEME.match(path):
+    if is_local(path):
         return open(path, "rb", buffering=_BUFFER)
     system, inside = system_of(path)
     return cast(BinaryIO, io.BufferedReader(system.open_input_file(inside), _BUFFER))
@@ -125,7 +125,7 @@ def _version(path: str, info: Any) -> tuple[int, str]:
     if info.type != fs.FileType.File:
         return -1, ""
     time_ns = info.mtime_ns
-    if time_ns and _SCHEME.match(path):  # some object stores list fractions of a second that the object does not have
+    if time_ns and not is_local(path):  # some object stores list fractions of a second that the object does not have
         time_ns -= time_ns % 1_000_000_000
     return info.size, str(time_ns)
 
@@ -251,7 +251,7 @@ def _read_list(path: str, info: Any) -> Found:
 
 def beside(path: str, name: str) -> str:
     """What a path in a file means: it is relative to the folder that the file is in."""
-    return name if _SCHEME.match(name) or name.startswith("/") else f"{path.rpartition('/')[0]}/{name}"
+    return name if not is_local(name) or name.startswith("/") else f"{path.rpartition('/')[0]}/{name}"
 
 
 def _gathered(pictures: dict[str, Any]) -> list[Found]:

@@ -174,10 +174,8 @@ class Folder:
             FolderFailed: it cannot be removed.
         """
         path = self.inside(name)
-        found = self.system.get_file_info(
-            path
-        ).type  # of a bucket pyarrow would put an object "FOLDER/" in place of none
-        if found == fs.FileType.File:
+        found = self.system.get_file_info(path)
+        if found.type == fs.FileType.File:  # in place of none pyarrow would put an object "FOLDER/" into a bucket
             with self.writing(), suppress(FileNotFoundError):
                 self.system.delete_file(path)
 
