@@ -4,26 +4,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-import cyclopts
-
 from bundle.errors import EdgewardError
 from bundle.log import configure as configure_log
 
 INTERRUPTED = 130  # as shells say it: 128 + SIGINT
-
-app = cyclopts.App(
-    name="edgeward",
-    help="Fine-tune a pretrained model, compile it to quantized ONNX, prove that its accuracy survived, serve it.",
-    suppress_keyboard_interrupt=False,
-)
-# by name, so that serving never imports what training needs
-app.command("edgeward.stages:finetune", name="finetune", help="Adapt a pretrained model to labelled data.")
-app.command("edgeward.stages:export", name="export", help="Compile a checkpoint into a bundle that kept its accuracy.")
-app.command("edgeward.serving:serve", name="serve", help="Answer gRPC calls from bundles and ONNX models.")
-app.command("edgeward.scoring:score", name="score", help="Score files of any size, every row exactly once.")
-app.command("edgeward.inferring:infer", name="infer", help="Ask a running server.")
-app.command("edgeward.bundles:inspect", name="inspect", help="Show what is in a bundle.")
-app.command("edgeward.bundles:verify", name="verify", help="Check every hash of a bundle and run its self-test.")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -33,10 +17,7 @@ def run(arguments: Sequence[str]) -> int:
     # The thread that waits for events reads the sockets itself, and no other one has to wake it; read with its import.
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
     try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-    except cyclopts.CycloptsError as error:
-        _explain(error)
-        return 2
+        return _call(arguments)
     except EdgewardError as error:
         _say(str(error))
         return error.exit_code
@@ -49,17 +30,23 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         _say(str(error))
         return 1
-    return 0
+
+
+def _call(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["serve"]:
+        from edgeward import plain
+
+        config = plain.read(arguments[1:])
+        if config:
+            plain.serve(config)
+            return 0
+    from edgeward import commands
+
+    return commands.call(arguments)
 
 
 def _say(text: str) -> None:
     sys.stderr.write(f"edgeward: {text}\n")
-
-
-def _explain(error: cyclopts.CycloptsError) -> None:
-    from rich.console import Console  # megabytes, of which a server has no need
-
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(cyclopts.CycloptsPanel(error))
 
 
 def main() -> None:

@@ -4,9 +4,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from serve import logs
+from edgeward import plain
 from serve.config import ServeConfig
-from serve.server import serve as run_server
 
 
 def serve(config: Annotated[ServeConfig, Parameter(name="*")]) -> None:
@@ -15,5 +14,4 @@ def serve(config: Annotated[ServeConfig, Parameter(name="*")]) -> None:
     Args:
         config: see ServeConfig.
     """
-    logs.configure(requests=config.log_requests)
-    run_server(config)
+    plain.serve(config)

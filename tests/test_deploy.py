@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from edgeward.__main__ import app
+from edgeward.commands import app
 from serve.config import ServeConfig
 from serve.metrics import Metrics, Traffic
 from serve.repository import open_repository

@@ -118,7 +118,7 @@ def test_telemetry_is_off_before_the_runtime_is_imported():
         "bundle.model",
         "serve.server",
         "score.run",
-        "edgeward.__main__, edgeward.scoring, edgeward.serving, edgeward.bundles",
+        "edgeward.__main__, edgeward.commands, edgeward.plain, edgeward.scoring, edgeward.serving, edgeward.bundles",
     ],
 )
 def test_serving_needs_no_training_library(modules):

@@ -12,7 +12,7 @@ import yaml
 from msgspec.json import decode
 from pyarrow import parquet
 
-from edgeward.__main__ import app
+from edgeward.commands import app
 from examples import spark_scoring
 from score.config import ScoreConfig
 from score.run import score
