@@ -7,8 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any, Protocol
 
-from grpc_reflection.v1alpha import reflection, reflection_pb2
-
 from serve import wire
 from serve.admission import Admission, Hold
 from serve.envelope import Request, parse_request, parser
@@ -85,7 +83,6 @@ class Answering:
         """
         self._service, self._admission, self._health, self._step_aside = service, admission, health, step_aside
         self._blocking = ThreadPoolExecutor(2, "blocking")  # its threads start with the first call
-        self._reflection = reflection.ReflectionServicer(wire.REFLECTED)
         prefix = f"/{wire.SERVICE.full_name}/"
         plain = [method for method in wire.SERVICE.methods if method.name not in ("ModelInfer", "ModelStreamInfer")]
         self.unary = {
@@ -143,12 +140,16 @@ class Answering:
         stream.receive(asked)
 
     def _reflect(self, stream: Stream) -> None:
+        from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+        known = reflection.ReflectionServicer(wire.REFLECTED)
+
         def asked(data: bytes | None) -> None:
             if data is None:
                 stream.finish()
                 return
             request = reflection_pb2.ServerReflectionRequest.FromString(data)
-            for answer in self._reflection.ServerReflectionInfo(iter([request]), None):
+            for answer in known.ServerReflectionInfo(iter([request]), None):
                 stream.send(answer.SerializeToString())
             stream.receive(asked)
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -243,6 +243,8 @@ def warn_exposed(config: ServeConfig) -> None:
 
 
 def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):  # a name
+        return ipaddress.ip_address(host).is_loopback
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:  # whoever binds it will say so

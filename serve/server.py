@@ -9,7 +9,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from bundle.log import log
-from serve import completion_queue, security, transport
+from serve import completion_queue, security
 from serve.admission import Admission
 from serve.config import ServeConfig
 from serve.errors import StartError
@@ -18,6 +18,7 @@ from serve.service import Service
 from serve.shared_memory import Regions
 
 if TYPE_CHECKING:  # what only some servers need is imported by these
+    from serve import transport
     from serve.http import HttpPort
     from serve.metrics import Metrics
     from serve.reload import Watcher
@@ -196,22 +197,30 @@ def _tracer(config: ServeConfig) -> "OtlpTracer | None":
     return OtlpTracer(config.otlp)
 
 
-def _transport(config: ServeConfig) -> type[completion_queue.Transport] | type[transport.Transport]:
+def _transport(config: ServeConfig) -> "type[completion_queue.Transport] | type[transport.Transport]":
     if config.transport == "auto":
         return _fastest()
-    missing = completion_queue.missing() if config.transport == "completion-queue" else None
+    if config.transport == "asyncio":
+        return _on_asyncio()
+    missing = completion_queue.missing()
     if missing:
         raise StartError(f"{missing}. Start with --transport asyncio, which needs only what is public of grpcio.")
-    return transport.Transport if config.transport == "asyncio" else completion_queue.Transport
+    return completion_queue.Transport
 
 
-def _fastest() -> type[completion_queue.Transport] | type[transport.Transport]:
+def _fastest() -> "type[completion_queue.Transport] | type[transport.Transport]":
     missing = completion_queue.missing()
     if missing:
         log.info("transport chosen", transport="asyncio", because=missing)
-        return transport.Transport
+        return _on_asyncio()
     log.info("transport chosen", transport="completion-queue")
     return completion_queue.Transport
+
+
+def _on_asyncio() -> "type[transport.Transport]":
+    from serve import transport
+
+    return transport.Transport
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """What every transport needs to know of gRPC and of the protocol: methods, limits, messages."""
 
-from grpc_health.v1 import health
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2
 
 from bundle.errors import BadInput
 from protos import inference_pb2 as pb
@@ -11,8 +10,9 @@ from serve.errors import DeadlineExceeded, StartError
 from serve.service import status
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
-REFLECTED = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
-REFLECTION = f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"
+_REFLECTION = "grpc.reflection.v1alpha.ServerReflection"  # which is imported for those who ask
+REFLECTED = (SERVICE.full_name, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, _REFLECTION)
+REFLECTION = f"/{_REFLECTION}/ServerReflectionInfo"
 BLOCKING = {"RepositoryModelLoad", "RepositoryModelUnload"}  # all others answer from memory
 ENDS = "triton_grpc_error"  # metadata: an error ends the stream, as its status
 

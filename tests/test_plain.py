@@ -77,11 +77,11 @@ def test_what_is_not_plain_is_left_to_cyclopts(line):
     assert plain.read(line.split()) is None
 
 
-def test_a_server_imports_no_cyclopts(tmp_path):
-    """Neither the parser nor what prints its help is in memory while a server runs."""
+def test_a_server_imports_only_what_it_needs(tmp_path):
+    """Neither the parser, nor what prints its help, nor what few clients ask for is in memory while a server runs."""
     program = (
         "import sys; from edgeward.__main__ import run; code = run(sys.argv[1:]); "
-        "print(code, *{'cyclopts', 'attrs', 'rich'} & sys.modules.keys())"
+        "print(code, *{'cyclopts', 'attrs', 'rich', 'grpc_reflection.v1alpha', 'tempfile'} & sys.modules.keys())"
     )
     command = [sys.executable, "-c", program, "serve", str(tmp_path / "missing.onnx"), "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
