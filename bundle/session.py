@@ -3,7 +3,6 @@
 import json
 import os
 import secrets
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -93,10 +92,12 @@ def optimized(graph: bytes, *, level: Literal["basic", "all"] = "all") -> bytes:
     Raises:
         ModelError: the runtime cannot load the graph.
     """
+    from tempfile import TemporaryDirectory  # half a megabyte, of which a server has no need
+
     levels = onnxruntime.GraphOptimizationLevel
     options = _options(1, optimize=True)
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if level == "all" else levels.ORT_ENABLE_BASIC
-    with tempfile.TemporaryDirectory(prefix="edgeward-") as folder:
+    with TemporaryDirectory(prefix="edgeward-") as folder:
         path = Path(folder) / "optimized.onnx"
         options.optimized_model_filepath = str(path)
         try:
@@ -117,10 +118,12 @@ def node_times(graph: bytes, feeds: Sequence[Mapping[str, np.ndarray]], *, threa
     Raises:
         ModelError: the runtime cannot load or run the graph.
     """
+    from tempfile import TemporaryDirectory
+
     options = _options(threads, optimize=True)
     options.enable_profiling = True
     times: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory(prefix="edgeward-") as folder:
+    with TemporaryDirectory(prefix="edgeward-") as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
         try:
             session = _made(graph, options, "cpu", cuda.providers("cpu"))

@@ -4,9 +4,7 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,10 +35,13 @@ def new_directory(out: Path) -> Iterator[Path]:
     Raises:
         OutputExists: `out` is there already; it is left as it is.
     """
+    from shutil import rmtree  # half a megabyte, of which a server has no need
+    from tempfile import mkdtemp
+
     if os.path.lexists(out):  # a dangling link is something, too
         raise OutputExists(f"{out} exists already and was left as it is. Choose another --out, or remove it first.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    beside = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         yield beside
         beside.chmod(0o755)  # mkdtemp gives 0700, which a server under another user could not read
@@ -53,7 +54,7 @@ def new_directory(out: Path) -> Iterator[Path]:
             raise OutputExists(f"{out} appeared while it was being written; nothing was replaced.") from error
         _flush_one(out.parent)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        rmtree(beside, ignore_errors=True)
 
 
 def _flush(directory: Path) -> None:
