@@ -164,16 +164,12 @@ class Bench:
         return gate.chance_of_passing(same, self._scale) >= 0.5
 
     def harms(self, base: Candidate, groups: Sequence[Group]) -> list[float]:
-        """By how much the KL divergence of a quantized candidate falls when one group alone is in fp32, nats.
-
-        Biases are left as they are, also where the candidate's are corrected: that would take as long as all the rest.
-        """
+        """By how much the KL divergence of a quantized candidate falls when one group alone is in fp32, nats."""
         picked = np.random.default_rng(0).permutation(len(self.source.selection))[: SCREENED[self.config.effort]]
-        plain = replace(base.recipe, corrected=False)
-        before = self._divergence(plain, base.batch_invariant, picked)
+        before = self._divergence(base.recipe, base.batch_invariant, picked)
         found = []
         for group in track(groups, len(groups), "sensitivity of layers"):
-            alone = replace(plain, kept=group.nodes)
+            alone = replace(base.recipe, kept=group.nodes)
             found.append(before - self._divergence(alone, base.batch_invariant, picked))
         return found
 

@@ -28,7 +28,9 @@ class _Bias:
     scale: np.ndarray
 
 
-def corrected(quantized: bytes, prepared: bytes, spec: Input, rows: Sequence[np.ndarray]) -> bytes:
+def corrected(
+    quantized: bytes, prepared: bytes, spec: Input, rows: Sequence[np.ndarray], *, known: bytes | None = None
+) -> bytes:
     """Static int8 whose heavy nodes give the fp32 graph's mean, channel by channel.
 
     One layer after the other, as a corrected one moves those behind it: all at once they would be corrected for the
@@ -39,15 +41,31 @@ def corrected(quantized: bytes, prepared: bytes, spec: Input, rows: Sequence[np.
         prepared: fp32.
         spec: of its input.
         rows: preprocessed training examples, of which EXAMPLES are used.
+        known: the same model, corrected, with more layers in int8. Its biases are taken where the layer is as it is
+            there: layers in front of it give the same means in both.
     """
     model = onnx.load_from_string(quantized)
     biases = _biases(model)
+    if known is not None:
+        biases = _unlike(biases, _biases(onnx.load_from_string(known)))
     rows = rows[:EXAMPLES]
     wanted = _means(prepared, spec, rows, biases)
     for name, bias in biases.items():
         found = _means(bytes(model.SerializeToString()), spec, rows, (name,))
         _add(bias, wanted[name] - found[name])
     return bytes(model.SerializeToString())
+
+
+def _unlike(biases: Mapping[str, _Bias], known: Mapping[str, _Bias]) -> dict[str, _Bias]:
+    """Those of which nothing is known; the others become what is known of them."""
+    left = {}
+    for name, bias in biases.items():
+        like = known.get(name)
+        if like is None or (like.tensor.data_type, like.tensor.dims) != (bias.tensor.data_type, bias.tensor.dims):
+            left[name] = bias
+        else:
+            bias.tensor.CopyFrom(like.tensor)
+    return left
 
 
 def _add(bias: _Bias, change: np.ndarray) -> None:
@@ -76,15 +94,18 @@ def _means(graph: bytes, spec: Input, rows: Sequence[np.ndarray], names: Collect
 
 
 def _biases(model: onnx.ModelProto) -> Mapping[str, _Bias]:
-    """By heavy node in int8: the bias of a convolution or Gemm, or the constant that is added to a product."""
+    """By heavy node: the bias of a convolution or Gemm that is constant, in int8 or in fp32.
+
+    A node in fp32 passes on, and may enlarge, what int8 before it has moved.
+    """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     makers = {output: node for node in model.graph.node for output in node.output}
     found: dict[str, _Bias] = {}
     for node in model.graph.node:
-        weights = makers.get(node.input[1]) if node.op_type in HEAVY else None
-        if weights is None or weights.op_type != "DequantizeLinear" or len(node.input) < 3:
+        if node.op_type not in HEAVY or len(node.input) < 3:
             continue
-        bias = makers.get(node.input[2])
-        if bias is not None and bias.input[0] in constants:
-            found[node.name] = _Bias(constants[bias.input[0]], numpy_helper.to_array(constants[bias.input[1]]))
+        values, *rest = makers[node.input[2]].input if node.input[2] in makers else node.input[2:]
+        if values in constants:
+            scale = numpy_helper.to_array(constants[rest[0]]) if rest else np.ones(1)
+            found[node.name] = _Bias(constants[values], scale)
     return found

@@ -57,6 +57,12 @@ def rank(groups: Sequence[Group], harms: Sequence[float], gains: Sequence[float]
     return sorted(ranked, key=lambda one: -one.harm / one.gain_ms if one.gain_ms > 0 else -math.inf)
 
 
+def affordable(ranked: Sequence[Ranked], room_ms: float) -> list[Ranked]:
+    """The longest prefix that, kept in fp32, loses no more of a run's time than there is room for."""
+    lost = np.cumsum([max(one.gain_ms, 0.0) for one in ranked])
+    return list(ranked[: int(np.searchsorted(lost, room_ms, side="right"))])
+
+
 def search(ranked: Sequence[Ranked], passes: Passes) -> list[Ranked] | None:
     """The groups to keep in fp32: few, and little time lost by them.
 
@@ -64,11 +70,11 @@ def search(ranked: Sequence[Ranked], passes: Passes) -> list[Ranked] | None:
     too; then the kept groups are given back to int8 one by one, those first that save most.
 
     Args:
-        ranked: all groups, those first that are best kept.
+        ranked: the groups that may stay in fp32, those first that are best kept.
         passes: whether the model is accurate enough with these groups in fp32.
 
     Returns:
-        Groups with which it passes, or None when that takes all of them.
+        Groups with which it passes, or None when no prefix that was tried does.
     """
     length = _shortest(ranked, passes)
     if length is None:
@@ -82,7 +88,7 @@ def search(ranked: Sequence[Ranked], passes: Passes) -> list[Ranked] | None:
 
 
 def _shortest(ranked: Sequence[Ranked], passes: Passes) -> int | None:
-    """The length of the shortest prefix that passes, as far as a binary search can tell; None: no proper one does."""
+    """The length of the shortest prefix that passes, as far as a binary search can tell; None: it found none."""
     known: dict[int, bool] = {}
 
     def passing(length: int) -> bool:
@@ -90,14 +96,14 @@ def _shortest(ranked: Sequence[Ranked], passes: Passes) -> int | None:
             known[length] = passes([one.group for one in ranked[:length]])
         return known[length]
 
-    low, high = 0, len(ranked)  # nothing kept fails, and everything kept is fp32
+    low, high = 0, len(ranked) + 1  # nothing kept fails, and all of these need not be enough
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if passing(middle) else (middle, high)
     for length in (high - 2, high):
-        if 0 < length < len(ranked) and passing(length):
+        if 0 < length <= len(ranked) and passing(length):
             return length
-    return high if high < len(ranked) else None
+    return None
 
 
 def times_of(groups: Sequence[Group], outputs: Mapping[str, str], times: Mapping[str, float]) -> list[float]:

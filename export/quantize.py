@@ -19,6 +19,7 @@ from export import ranges
 from export.correction import corrected as corrected
 from export.dense import int8_products
 from export.fusion import forget_shapes
+from export.islands import hold_fp32
 from export.placement import CONVOLUTIONAL, DENSE, HEAVY, activations, placed
 from export.placement import Group as Group
 from export.placement import groups as groups
@@ -107,7 +108,9 @@ def int8_static(
             {},
         )
         quantizer.quantize_model()
-        quantizer.model.topological_sort()  # it appends its conversions
+        if not qdq:
+            hold_fp32(quantizer.model.model)
+        quantizer.model.topological_sort()  # conversions are appended
         return bytes(quantizer.model.model.SerializeToString())
 
 

@@ -116,7 +116,7 @@ def _accuracy(candidate: Candidate) -> tuple[bool, float, float]:
 def mixed_precision(candidates: Sequence[Candidate], bench: Bench) -> list[Candidate]:
     """Of static int8 that is too inaccurate: the same with those layers in fp32 that it takes, if that is still faster.
 
-    It is tried when static int8 is faster than everything that is accurate enough.
+    Only layers are tried that would leave it faster than what ships without it, by profiles of both graphs.
     """
     config, source = bench.config, bench.source
     static = [
@@ -125,13 +125,15 @@ def mixed_precision(candidates: Sequence[Candidate], bench: Bench) -> list[Candi
         if one.recipe.kind == "static" and is_faster(one, config.optimize) and not _is_hopeless(one)
     ]
     base = min(static, key=lambda one: (speed(one, config.optimize), *_accuracy(one)), default=None)
-    chosen = choose(candidates, config)
     if base is None or _enough(base, bench):
         return []
-    if _enough(chosen, bench) and speed(chosen, config.optimize) * WORTHWHILE <= speed(base, config.optimize):
+    room_ms = _room_ms(base, candidates, bench)
+    if room_ms <= 0:
         return []
     groups = placement.groups(bench.compiler.prepared, source.spec)
-    ranked = mixed.rank(groups, bench.harms(base, groups), bench.gains(base, groups))
+    cheap = {group: gain for group, gain in zip(groups, bench.gains(base, groups), strict=True) if gain <= room_ms}
+    ranked = mixed.rank(list(cheap), bench.harms(base, list(cheap)), list(cheap.values()))
+    ranked = mixed.affordable(ranked, room_ms)[: len(groups) - 1]  # with all of them it would be fp32
 
     @cache
     def measured(kept: tuple[Group, ...]) -> Candidate:
@@ -140,10 +142,22 @@ def mixed_precision(candidates: Sequence[Candidate], bench: Bench) -> list[Candi
 
     kept = mixed.search(ranked, lambda some: _enough(measured(tuple(some)), bench))
     if not kept:
-        log.info("no mixed precision", because="too many layers would have to stay in fp32", variant=base.name)
+        because = "too many layers would have to stay in fp32"
+        log.info("no mixed precision", because=because, variant=base.name, affordable=len(ranked), of=len(groups))
         return []
     found = measured(tuple(one.group for one in kept))
     return [bench.time(replace(found, kept=tuple(one.kept for one in kept)))]
+
+
+def _room_ms(base: Candidate, candidates: Sequence[Candidate], bench: Bench) -> float:
+    """How much longer a run of static int8 may take and still be worth more than what ships without it."""
+    assert base.latency is not None
+    objective = bench.config.optimize
+    chosen = choose(candidates, bench.config)
+    to_beat = speed(chosen, objective)
+    if not _enough(chosen, bench):
+        to_beat = _expected_time(chosen, speed(candidates[0], objective), objective)
+    return base.latency.p50_ms * (WORTHWHILE * to_beat / speed(base, objective) - 1)
 
 
 def _is_hopeless(candidate: Candidate) -> bool:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from export.mixed import rank, search, times_of
+from export.mixed import affordable, rank, search, times_of
 from export.placement import Group
 
 
@@ -40,11 +40,20 @@ def test_keeps_what_it_takes_and_nothing_else(needed):
     assert len(asked) <= 4 + 2 + 8
 
 
-def test_gives_up_when_everything_must_be_fp32():
-    """A model that only passes in fp32 has no mixed precision."""
-    ranked = rank(groups(6), harms=[1.0] * 6, gains=[1.0] * 6)
-    assert search(ranked, lambda kept: len(kept) == 6) is None
-    assert search(ranked, lambda kept: False) is None
+def test_gives_up_when_all_that_may_stay_is_not_enough():
+    """All of the groups are tried, and with none that passes there is no mixed precision."""
+    ranked = rank(groups(6), harms=np.arange(6, 0, -1).tolist(), gains=[1.0] * 6)
+    passes, asked = counted({"g6"})
+    assert search(ranked, passes) is None
+    assert {f"g{i}" for i in range(6)} in asked
+    assert search(ranked[:0], passes) is None
+
+
+def test_only_what_there_is_time_for_may_stay_in_fp32():
+    """The prefix is as long as its losses fit the room; where int8 saves nothing, nothing is lost."""
+    ranked = rank(groups(4), harms=[0.4, 0.3, 0.2, 0.1], gains=[2.0, 2.0, -1.0, 2.0])
+    for room, names in ((-0.1, []), (1.9, ["g2"]), (4.0, ["g2", "g0", "g1"]), (9.0, ["g2", "g0", "g1", "g3"])):
+        assert [one.group.name for one in affordable(ranked, room)] == names
 
 
 def test_a_longer_prefix_that_fails_does_not_hide_a_shorter_one():

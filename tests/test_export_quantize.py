@@ -12,8 +12,9 @@ from torch import nn
 from bundle import preprocess
 from bundle.errors import ModelError
 from bundle.manifest import ImageInput, Multiclass, VectorInput
-from bundle.session import Session
+from bundle.session import Session, optimized
 from export import graph, quantize, ranges
+from export.islands import hold_fp32
 from finetune.model import ImageNetwork
 
 TASKS = (Multiclass(name="kind", labels=("a", "b", "c")),)
@@ -166,6 +167,52 @@ def test_what_is_kept_runs_in_fp32():
     np.testing.assert_allclose(logits(compiled), logits(start), atol=0.02)
     with pytest.raises(ModelError, match="left to become int8"):
         quantize.int8_static(start, spec, known, kept=[*first.nodes, *(n for one in others for n in one.nodes)])
+
+
+def operators(model):
+    """What the runtime runs."""
+    return [node.op_type for node in onnx.load_from_string(optimized(model.SerializeToString())).graph.node]
+
+
+def test_what_is_kept_between_int8_layers_stays_fp32_in_the_runtime():
+    """ONNX Runtime gives fp32 layers behind a conversion int8 weights of its own; those that are to stay, stay."""
+    start, spec, rows = prepared()
+    known = ranges.ranges(statistics(), "minmax")
+    every = operators(onnx.load_from_string(quantize.int8_static(start, spec, known))).count("QLinearConv")
+    for group in quantize.groups(start, spec):
+        compiled = quantize.int8_static(start, spec, known, kept=group.nodes)
+        kept = sum("conv2d" in name for name in group.nodes)
+        assert operators(onnx.load_from_string(compiled)).count("QLinearConv") == every - kept
+        plain = Session(compiled, device="cpu", threads=1, optimize=False)
+        as_is = np.concatenate([plain.run(preprocess.collate([row], spec))["logits"] for row in rows])
+        assert np.abs(logits(compiled) - as_is).max() < 0.02
+
+
+def test_a_kept_layer_behind_a_reshaped_tensor_stays_fp32():
+    """The runtime moves conversions behind what only moves numbers, and would find the layer there."""
+    weights = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+    parts = {"weights": weights, "bias": np.zeros(4, np.float32), "scale": np.float32(0.1), "zero": np.uint8(3)}
+    parts["shape"] = np.array([0, -1])
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], "q"),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"], "d"),
+        helper.make_node("Reshape", ["d", "shape"], ["flat"], "flat"),
+        helper.make_node("Gemm", ["flat", "weights", "bias"], ["g"], "gemm"),
+        helper.make_node("QuantizeLinear", ["g", "scale", "zero"], ["g_q"], "g_q"),
+        helper.make_node("DequantizeLinear", ["g_q", "scale", "zero"], ["y"], "y"),
+    ]
+    value = onnx.helper.make_tensor_value_info
+    inside = helper.make_graph(
+        nodes,
+        "g",
+        [value("x", onnx.TensorProto.FLOAT, ["n", 3, 4])],
+        [value("y", onnx.TensorProto.FLOAT, ["n", 4])],
+        [numpy_helper.from_array(np.asarray(each), name) for name, each in parts.items()],
+    )
+    model = helper.make_model(inside, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    assert "QGemm" in operators(model)  # without it
+    hold_fp32(model)
+    assert "Gemm" in operators(model)
 
 
 def test_leftovers_are_counted_between_the_edges():

@@ -136,7 +136,7 @@ def test_layers_that_int8_harms_stay_in_fp32(checkpoint, tmp_path, monkeypatch):
     def times(graph, feeds, threads):
         """Every node takes as long as every other; in int8 half as long."""
         nodes = onnx.load_from_string(graph).graph.node
-        took = {"Gemm": 1.0, "MatMulIntegerToFloat": 0.5}
+        took = {"Gemm": 0.1, "MatMulIntegerToFloat": 0.05}
         return {node.name: took[node.op_type] for node in nodes if node.op_type in took}
 
     monkeypatch.setattr(quantize, "int8_static", harmful)
@@ -148,7 +148,7 @@ def test_layers_that_int8_harms_stay_in_fp32(checkpoint, tmp_path, monkeypatch):
 
     assert (static.name, static.outcome) == ("int8-static", "less accurate")
     assert (mixed.name, mixed.outcome, report.shipped) == ("int8-mixed", "shipped", "int8-mixed")
-    assert [(one.because, one.gain_ms) for one in mixed.kept] == [("int8 was too harmful for what it saved", 0.5)]
+    assert [(one.because, one.gain_ms) for one in mixed.kept] == [("int8 was too harmful for what it saved", 0.05)]
     assert mixed.kept[0].harm > 0.1
     assert static.selection_drop["accuracy"] > 0.1 > mixed.selection_drop["accuracy"]
 
