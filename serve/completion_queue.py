@@ -34,6 +34,7 @@ except ImportError:
 Event = Any  # of cygrpc, as are calls and operations
 
 _TOGETHER = 8  # answers; each has taken scheduler.HAND_OVER_NS at most, as longer runs are not waited for
+_AWAITED = 32  # calls; those that come together are told of together, and dealt with while their code is in the caches
 _TURN_S = 1.0  # between looks at requests that do not arrive
 _NEVER = time.time() + 1e9  # seconds; what has 30 years and more has no deadline
 
@@ -267,7 +268,8 @@ class Transport:
         self._server.register_completion_queue(self._queue)
         self.port = self._bind(address, credentials)
         self._server.start(backup_queue=False)
-        self._request()
+        for _ in range(_AWAITED):
+            self._request()
         self._lead = threading.Lock()  # of who takes the events
         self._follows: dict[int, bool] = {}  # by thread, each of which writes its own entry
         self._over = False
