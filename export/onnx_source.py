@@ -71,7 +71,7 @@ def open_onnx(config: ExportConfig) -> Source:
     parity = _hold(path, compiled, _reference(path, model, heads, names, optimize=False), spec, tasks, sample)
     reference = _reference(path, model, heads, names)
     read = (msgspec.json.encode(spec), *files.values(), repr((heads, tasks)).encode())
-    memory = recollection(config, sha256, dataset.sha256, *(hashlib.sha256(data).hexdigest() for data in read))
+    memory = recollection(config, dataset, sha256, *(hashlib.sha256(data).hexdigest() for data in read))
 
     def split(name: SplitName) -> Split:
         indices = splits.indices(dataset, name)

@@ -116,7 +116,7 @@ def open_checkpoint(config: ExportConfig) -> Source:
     dataset = _dataset(checkpoint, config.data)
     _check_known(checkpoint, dataset)
     spec, tasks = checkpoint.spec.input, checkpoint.spec.tasks
-    memory = recollection(config, checkpoint.sha256, dataset.sha256)
+    memory = recollection(config, dataset, checkpoint.sha256)
     selection = reference_split(checkpoint, dataset, "selection", memory)
     sample = list(selection.rows[:SAMPLES])
     fp32 = memory.blob("fp32", compute=lambda: graph.to_onnx(checkpoint.network, spec, tasks, sample))
@@ -146,10 +146,12 @@ def open_checkpoint(config: ExportConfig) -> Source:
     )
 
 
-def recollection(config: ExportConfig, *digests: str) -> Memory:
-    """The memory of what follows from these digests, the calibration, and the versions that are installed."""
+def recollection(config: ExportConfig, dataset: Dataset, *digests: str) -> Memory:
+    """The memory of what follows from the data in its order, these digests, the calibration, and what is installed."""
+    order = hashlib.sha256("\n".join(dataset.hashes).encode()).hexdigest()  # that of the rows of what is remembered
     versions = (f"{name} {version}" for name, version in installed_versions(*PACKAGES).items())
-    return Memory((*digests, str(config.calibration), *versions, _code()), config.cache)
+    about = (dataset.sha256, order, *digests, str(config.calibration), *versions, _code())
+    return Memory(about, config.cache)
 
 
 @cache

@@ -1,6 +1,7 @@
 """Export: what ships is proved, what is not proved does not ship, and nothing is left half-written."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -221,15 +222,18 @@ def test_other_data_is_refused(text_checkpoint, tmp_path):
 
 
 def test_moved_data_is_found_where_told(text_checkpoint, tmp_path):
-    """The same examples in another place and another order are the same data."""
+    """The same examples in another place and another order are the same data, and what is remembered follows them."""
     here = load_checkpoint(text_checkpoint).splits.data
     header, *lines = Path(here).read_bytes().decode().split("\r\n")
     (tmp_path / "moved.csv").write_text("\r\n".join([header, *sorted(lines)[1:]]), encoding="utf-8", newline="")
-    config = ExportConfig(
-        text_checkpoint, out=tmp_path / "b", data=str(tmp_path / "moved.csv"), variant="fp32", threads=1
-    )
+    config = ExportConfig(text_checkpoint, out=tmp_path / "a", variant="fp32", threads=1)
+    first = export_checkpoint(config, timer=clock(1.0)).report
+    moved = replace(config, out=tmp_path / "b", data=str(tmp_path / "moved.csv"))
+    second = export_checkpoint(moved, timer=clock(1.0)).report
 
-    assert export_checkpoint(config, timer=clock(1.0)).report.provenance.data == str(tmp_path / "moved.csv")
+    assert second.provenance.data == str(tmp_path / "moved.csv")
+    assert second.pytorch == pytest.approx(first.pytorch)
+    assert second.candidates[0].selection == pytest.approx(first.candidates[0].selection)
 
 
 @pytest.mark.parametrize(("name", "version"), [("bad name", 1), ("../up", 1), ("good", 0)])

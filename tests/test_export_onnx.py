@@ -108,6 +108,14 @@ def test_splits_follow_from_the_contents(config):
     assert source.data_sha256 == turned.data_sha256
 
 
+def test_remembered_answers_are_of_the_same_rows(config):
+    """The same examples in another order have their own answers, not those that were kept of the first order."""
+    for rows in (np.arange(len(X)), np.arange(len(X))[::-1]):
+        source = open_onnx(config(model(LINEAR), given={"cache": True}, x=X[rows], y=Y[rows]))
+        for split in (source.selection, source.held_out()):
+            np.testing.assert_allclose(split.logits, X[rows][split.indices] @ W, rtol=1e-5)
+
+
 @pytest.mark.parametrize("between", [[], ["Identity"], ["Identity", "Cast"]])
 def test_a_softmax_at_the_end_is_taken_off(config, between):
     """Its answers are the model's probabilities, and the logits are what it took."""
