@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -62,6 +62,11 @@ def configure(*, json: bool = False, wanted: Callable[[Level], bool] = lambda le
     _wanted, _write = wanted, _for_machines if json else _for_people
 
 
+def is_terminal() -> bool:
+    """Whether stderr is read by people."""
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+
+
 @contextmanager
 def captured() -> Iterator[list[Event]]:
     """The events within the block, all of them, in a list instead of on stderr."""
@@ -86,7 +91,7 @@ def _for_machines(event: Event) -> None:
 def _for_people(event: Event) -> None:
     fields = _explained(event)
     name, level, cause = fields.pop("event"), fields.pop("level"), fields.pop("exception", "")
-    color, plain = (_COLORS[level], _PLAIN) if sys.stderr.isatty() else ("", "")
+    color, plain = (_COLORS[level], _PLAIN) if is_terminal() else ("", "")
     told = " ".join(f"{key}={_shown(fields[key])}" for key in sorted(fields))
     line = f"{_now()} [{color}{level:<8}{plain}] {name:<{_EVENT_WIDTH}} {told}".rstrip()
     _line(f"{line}\n{cause}" if cause else line)
@@ -113,8 +118,11 @@ def _now() -> str:
 
 
 def _line(text: str) -> None:
-    sys.stderr.write(f"{text}\n")  # a line and its end in one write: processes share stderr
-    sys.stderr.flush()
+    if sys.stderr is None:
+        return
+    with suppress(OSError, ValueError):  # nobody reads, the disk is full, it is closed: what is told of goes on
+        sys.stderr.write(f"{text}\n")  # a line and its end in one write: processes share stderr
+        sys.stderr.flush()
 
 
 _wanted: Callable[[Level], bool] = lambda level: True  # noqa: E731

@@ -238,8 +238,10 @@ class Work:
             answer = self._inference.answer(self._outcome)
         except Exception as error:
             failure = error
-        self._service.end(self._inference, failure)
-        self._end(answer, failure)
+        try:
+            self._service.end(self._inference, failure)
+        finally:  # whoever waits is answered, whatever becomes of logs and traces
+            self._end(answer, failure)
 
     def _end(self, answer: bytes | None, error: Exception | None) -> None:
         self.answer, self.error, self.ended = answer, error, True

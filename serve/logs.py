@@ -4,7 +4,6 @@ What a client can change of it while the server runs is process-wide, as the log
 """
 
 import logging
-import sys
 from collections.abc import Mapping
 
 import grpc
@@ -42,7 +41,7 @@ def configure(*, json: bool | None = None, requests: bool = False) -> None:
     """
     global _settings
     _settings = {**_DEFAULTS, "log_verbose_level": int(requests)}
-    events.configure(json=not sys.stderr.isatty() if json is None else json, wanted=_wanted)
+    events.configure(json=not events.is_terminal() if json is None else json, wanted=_wanted)
     logging.basicConfig(handlers=[_Library()], level=logging.WARNING)
 
 

@@ -1,8 +1,10 @@
+import io
 import json
 import logging
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
 import grpc
 import pytest
@@ -69,6 +71,28 @@ def test_a_line_and_its_end_are_one_write(monkeypatch):
 
     assert [json.loads(each)["event"] for each in written] == ["ready", "stopped"]
     assert all(each.endswith("\n") for each in written)
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize("fault", ["no reader", "closed", "none"])
+def test_a_line_that_cannot_be_written_is_left_out(as_json, fault, monkeypatch):
+    """Whoever has something to tell goes on with its work, and the next line is written where that is possible."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w")
+    logs.configure(json=as_json)
+    if fault == "closed":
+        stream.close()
+    monkeypatch.setattr(sys, "stderr", None if fault == "none" else stream)
+
+    log.info("ready")
+    logs.configure()
+
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with suppress(BrokenPipeError):
+        stream.close()
+    log.info("stopped")
+    assert json.loads(sys.stderr.getvalue())["event"] == "stopped"
 
 
 def test_a_terminal_gets_lines_for_people(capsys, monkeypatch):

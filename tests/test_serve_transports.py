@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from bundle.log import captured
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
-from serve import completion_queue, pace, scheduler, wire
+from serve import completion_queue, logs, pace, scheduler, wire
 from serve.config import ServeConfig
 from serve.errors import StartError
 from serve.server import start
@@ -242,6 +242,23 @@ def test_an_answer_waits_for_no_request_that_does_not_come(stub, channel):
 
     silent.cancel()
     never.set()
+
+
+def test_a_call_is_answered_whatever_becomes_of_its_log_and_trace(stub, served, gate, monkeypatch):
+    """An error in what tells of a call neither leaves its client waiting nor ends the thread."""
+
+    def broken(**facts):
+        raise RuntimeError("broken")
+
+    gate.opened.set()
+    monkeypatch.setattr(logs, "logs_requests", lambda: True)
+    monkeypatch.setattr(logs, "log_request", broken)
+    for _ in range(3):
+        call = stub.ModelInfer.future(echo(), timeout=PATIENCE_S)
+        assert call.code() in (grpc.StatusCode.OK, grpc.StatusCode.INTERNAL)
+
+    monkeypatch.undo()
+    assert stub.ModelInfer(echo(), timeout=PATIENCE_S).model_name == "echo"
 
 
 def test_answers_of_the_thread_that_takes_the_events_are_sent_together():
