@@ -22,7 +22,7 @@ from score.runner import UnitRunner
 from score.units import Counts, Plan, Settings, Trial, Unit, UnitReport
 
 CHUNK = 8192  # rows that are read and preprocessed together, at most
-_CHUNK_S = 0.2  # of one core, about
+_CHUNK_S = 0.5  # of one core, about
 _SORTED = 8  # batches, that texts are sorted by length for
 WORTH_S = 60.0  # of one core; what is done before is not worth trials, which take a second or two each
 SHARED_S = 10.0  # of one core; what is done before is not worth a second process

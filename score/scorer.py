@@ -157,7 +157,7 @@ class Scorer:
         if encoded.faults:
             picked = np.delete(picked, list(encoded.faults))
         if preprocess.is_sequence(spec):
-            lengths = [preprocess.length(row, spec) for row in encoded.rows if row is not None]
+            lengths = [row.shape[-1] for row in encoded.rows if row is not None]
             picked = picked[np.argsort(-np.array(lengths, int), kind="stable")]
         return picked
 
@@ -181,7 +181,7 @@ class Scorer:
 
     def _predict(self, rows: Sequence[np.ndarray | None] | np.ndarray, picked: np.ndarray) -> dict[str, np.ndarray]:
         places = _places(rows, picked)
-        together = rows[places] if isinstance(rows, np.ndarray) else [rows[number] for number in picked]
+        together = rows[places] if isinstance(rows, np.ndarray) else [rows[number] for number in picked.tolist()]
         spec, invariant = self.model.manifest.input, self.model.variant.batch_invariant
         return predict_logits(self.model.session, spec, together, batch_invariant=invariant, most=self._batch)
 
