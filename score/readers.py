@@ -100,9 +100,9 @@ def cut(found: Found, index: int, columns: Columns, unit_rows: int) -> Iterator[
         case "csv" | "jsonl":
             ranges = line_files.cut(file.path, file.kind, unit_rows)
         case "npz":
-            ranges = _even(arrays.rows(columns), unit_rows)
+            ranges = _slices(arrays.rows(columns), unit_rows)
         case _:
-            ranges = _even(len(found.entries), unit_rows)
+            ranges = _slices(len(found.entries), unit_rows)
     for part, (first, rows, start, stop) in enumerate(ranges):
         entries = found.entries[start:stop] if file.kind == "images" else ()
         yield Unit(
@@ -118,7 +118,8 @@ def cut(found: Found, index: int, columns: Columns, unit_rows: int) -> Iterator[
         )
 
 
-def _even(total: int, unit_rows: int) -> Iterator[tuple[int, int, int, int]]:
+def _slices(total: int, unit_rows: int) -> Iterator[tuple[int, int, int, int]]:
+    """Units of what can be cut anywhere, as (first row, rows, first position, position after the last)."""
     for start in range(0, total, unit_rows):
         stop = min(start + unit_rows, total)
         yield start, stop - start, start, stop
