@@ -37,6 +37,7 @@ class Runner:
 
     def _hang(self, unit):
         try:
+            (self.folder / f"{unit.name}.hangs").touch()
             (self.folder / "hangs").touch()
             time.sleep(60)
         finally:
