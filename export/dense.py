@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from export.scaling import attributes, drop_unused
+from export.nodes import attributes, drop_unused, taken
 
 SPREAD = 8.0
 """How many times the median column the largest one may be where one scale serves them all.
@@ -87,7 +87,7 @@ def _products(model: onnx.ModelProto, names: Collection[str]) -> list[_Product]:
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     readers: defaultdict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in model.graph.node:
-        for name in node.input:
+        for name in taken(node):
             readers[name].append(node)
     for value in model.graph.output:
         readers[value.name] += [onnx.NodeProto()] * 2  # nothing can be joined behind it

@@ -7,7 +7,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from bundle.errors import ModelError
-from export.scaling import constant_values, drop_unused
+from export.nodes import constant_values, drop_unused, taken
 
 _QUANTIZED_AT_LOADING = ("Conv", "ConvTranspose", "Gemm")
 _MOVES = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice")
@@ -68,7 +68,7 @@ def _by_channel(graph: onnx.GraphProto, scalar: onnx.NodeProto, channels: int) -
 
 def _drop_unread(graph: onnx.GraphProto, names: Collection[str]) -> None:
     """Remove those of these nodes that nothing reads any more: the runtime would run them all the same."""
-    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    read = {value.name for value in graph.output}.union(*(taken(node) for node in graph.node))
     nodes = [node for node in graph.node if node.name not in names or not read.isdisjoint(node.output)]
     del graph.node[:]
     graph.node.extend(nodes)

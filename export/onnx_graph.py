@@ -15,6 +15,7 @@ from bundle.manifest import ImageInput, Input, TextInput
 from bundle.session import Session
 from bundle.tensor import NUMPY_TYPES, TensorSpec
 from export.graph import MAX_BYTES
+from export.nodes import subgraphs
 
 FLOOR = 1e-30  # least probability of which a logarithm is taken
 _STANDARD = ("", "ai.onnx.ml")
@@ -98,15 +99,8 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """Every node, those of subgraphs included."""
     for node in graph.node:
         yield node
-        for subgraph in _subgraphs(node):
+        for subgraph in subgraphs(node):
             yield from _nodes(subgraph)
-
-
-def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        yield from attribute.graphs
 
 
 def _check_operators(path: Path, model: onnx.ModelProto) -> None:
@@ -266,7 +260,7 @@ def _rename(graph: onnx.GraphProto, renames: Mapping[str, str]) -> None:
     for node in graph.node:
         node.input[:] = [renames.get(name, name) for name in node.input]
         node.output[:] = [renames.get(name, name) for name in node.output]
-        for subgraph in _subgraphs(node):
+        for subgraph in subgraphs(node):
             _rename(subgraph, renames)
     for value in (*graph.input, *graph.output):
         value.name = renames.get(value.name, value.name)
@@ -294,8 +288,8 @@ def _prune(graph: onnx.GraphProto) -> None:
         if needed.isdisjoint(node.output):
             del graph.node[place]
             continue
-        needed |= {*node.input, *(name for inner in _subgraphs(node) for name in _values(inner))}
-        needed |= {value.name for inner in _subgraphs(node) for value in inner.output}
+        needed |= {*node.input, *(name for inner in subgraphs(node) for name in _values(inner))}
+        needed |= {value.name for inner in subgraphs(node) for value in inner.output}
     for place in reversed(range(len(graph.initializer))):
         if graph.initializer[place].name not in needed:
             del graph.initializer[place]

@@ -35,7 +35,8 @@ def placed(model: onnx.ModelProto, spec: Input, kept: Collection[str] = ()) -> l
     A heavy node is a convolution or a matrix product. Of all but images only those become int8: around a text encoder's
     softmax, layer norms and additions, and between the layers of a small network, everything stays fp32.
     """
-    known, made, nodes = constants(model), set[str](), []
+    ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    made, nodes = set[str](), []
     types = CONVOLUTIONAL if isinstance(spec, ImageInput) else DENSE
     for node in model.graph.node:
         if node.op_type in _MOVES and node.input[0] in made:
@@ -44,8 +45,9 @@ def placed(model: onnx.ModelProto, spec: Input, kept: Collection[str] = ()) -> l
             continue
         # int8 would round in a scaling by constants what the next convolution rounds anyway, by kernels that broadcast
         # slowly: in EfficientNet-Lite0 they took 4 of 12 ms.
-        scaling = node.op_type in ("Add", "Mul") and not known.isdisjoint(node.input)
-        if not scaling and (node.op_type in HEAVY or not made.isdisjoint(node.input)):
+        scaling = node.op_type in ("Add", "Mul") and not ranks.keys().isdisjoint(node.input)
+        batched = node.op_type == "MatMul" and any(ranks.get(name, 2) != 2 for name in node.input)
+        if not scaling and not batched and (node.op_type in HEAVY or not made.isdisjoint(node.input)):
             nodes.append(node)
             made.update(node.output)
     return nodes

@@ -20,6 +20,7 @@ from export.correction import corrected as corrected
 from export.dense import int8_products
 from export.fusion import forget_shapes
 from export.islands import hold_fp32
+from export.nodes import attributes, constant_values, drop_unused, name_nodes
 from export.placement import CONVOLUTIONAL, DENSE, HEAVY, activations, placed
 from export.placement import Group as Group
 from export.placement import groups as groups
@@ -29,6 +30,7 @@ from export.stem import pack_stem
 from export.stem import stem as stem
 from export.stem import suits as suits
 
+_NO_PRODUCT = f"the graph cannot be quantized: it has no {', '.join(DENSE)} of a tensor with a constant matrix."
 Ranges = Mapping[str, tuple[float, float]]
 """Least and greatest value of activations, by tensor."""
 
@@ -45,17 +47,34 @@ def prepared(graph: bytes, *, packed: bool = False) -> bytes:
     """
     model = onnx.load_from_string(optimized(graph, level="basic"))
     forget_shapes(model)  # of before the folding
-    seen: set[str] = set()
-    for i, node in enumerate(model.graph.node):
-        if not node.name or node.name in seen:
-            node.name = f"{node.name or node.op_type}_{i}"
-        seen.add(node.name)
+    name_nodes(model.graph)
+    _plain_biases(model.graph)
     if packed:
         pack_stem(model)
     with _mapped():
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
         add_infer_metadata(model)
     return bytes(model.SerializeToString())
+
+
+def _plain_biases(graph: onnx.GraphProto) -> None:
+    """Constant biases of Gemm as the quantizers take them, one number for each column, in place."""
+    known = constant_values(graph)
+    for node in graph.node:
+        if node.op_type != "Gemm" or len(node.input) < 3 or not {node.input[1], node.input[2]} <= known.keys():
+            continue
+        settings, bias = attributes(node), known[node.input[2]]
+        columns = known[node.input[1]].shape[0 if settings.get("transB") else 1]
+        alike = bias.size == 1 or (bias.size == columns and bias.shape[-1] == columns)  # for all rows
+        if not alike or (bias.shape == (columns,) and settings.get("beta", 1) == 1):
+            continue
+        plain = np.broadcast_to(bias.reshape(-1) * bias.dtype.type(settings.get("beta", 1)), columns)
+        node.input[2] = f"{node.name}.bias"
+        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(plain), node.input[2]))
+        rest = [each for each in node.attribute if each.name != "beta"]
+        del node.attribute[:]
+        node.attribute.extend(rest)
+    drop_unused(graph)
 
 
 def int8_static(
@@ -90,7 +109,8 @@ def int8_static(
     wanted = activations(model, nodes)
     _check(model, nodes, known, wanted)
     if not qdq and not isinstance(spec, ImageInput):
-        int8_products(model, {node.name for node in nodes}, known, per_channel=per_channel, signed=signed)
+        if not int8_products(model, {node.name for node in nodes}, known, per_channel=per_channel, signed=signed):
+            raise ModelError(_NO_PRODUCT)
         return bytes(model.SerializeToString())
     with _mapped():
         quantizer = QDQQuantizer(
@@ -135,11 +155,11 @@ def int8_dynamic(graph: bytes, *, per_channel: bool = True, kept: Collection[str
     """
     with _mapped():
         model = onnx.load_from_string(graph)
-        for i, node in enumerate(model.graph.node):
-            node.name = node.name or f"{node.op_type}_{i}"
+        name_nodes(model.graph)
+        _plain_biases(model.graph)
         names = {node.name for node in model.graph.node if node.op_type in DENSE and node.name not in kept}
         if not int8_products(model, names, None, per_channel=per_channel):
-            raise ModelError(f"the graph cannot be quantized: it has no {', '.join(DENSE)} with constant weights.")
+            raise ModelError(_NO_PRODUCT)
         return bytes(model.SerializeToString())
 
 

@@ -6,11 +6,12 @@ which is not: 1.2 of 10.5 ms of EfficientNet-Lite0. The values are the same, bit
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+
+from export.nodes import attributes, constant_values, drop_unused
 
 CHANNELS_FIRST = [0, 3, 1, 2]
 _STEPS = ("Transpose", "Cast", "Mul", "Add")
@@ -61,21 +62,3 @@ def chain(graph: onnx.GraphProto, kinds: Sequence[str]) -> list[onnx.NodeProto] 
         found.append(readers[0])
         tensor = readers[0].output[0]
     return found
-
-
-def constant_values(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
-    """The values of the initializers, by name."""
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-
-
-def attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    """The values of a node's attributes, by name."""
-    return {each.name: helper.get_attribute_value(each) for each in node.attribute}
-
-
-def drop_unused(graph: onnx.GraphProto) -> None:
-    """Forget the initializers that no node reads."""
-    used = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)

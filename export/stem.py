@@ -18,7 +18,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from bundle.host import products_saturate
-from export.scaling import CHANNELS_FIRST, attributes, chain, constant_values
+from export.nodes import attributes, constant_values
+from export.scaling import CHANNELS_FIRST, chain
 
 GROUP = 4  # numbers
 COLOURS = 3
