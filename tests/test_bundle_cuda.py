@@ -93,6 +93,7 @@ def test_options_of_cuda():
     assert options == {
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "HEURISTIC",
+        "use_tf32": "0",
         "gpu_mem_limit": "1073741824",
         "enable_cuda_graph": "1",
     }
