@@ -158,7 +158,7 @@ def served_bundle(model: Model, source: Path, policy: Policy = ALONE, spare: Spa
         rows += rows[-1:] * ((size or 0) - len(rows))
         invariant = model.variant.batch_invariant or joined
         logits = predict_logits(session, manifest.input, rows, batch_invariant=invariant)
-        return _parted(logits, [len(request) for request in requests])
+        return _parted(logits, [len(request) for request in requests], len(rows))
 
     return ServedModel(
         name=manifest.name,
@@ -237,7 +237,7 @@ def _graph(session: Session, source: Path, policy: Policy, spare: Spare | None) 
         counts = [len(next(iter(request.values()))) for request in requests]
         joined = {name: _joined([request[name] for request in requests], size) for name in requests[0]}
         outputs = session.run(joined)
-        return _parted(outputs, counts)
+        return _parted(outputs, counts, max(size or 0, sum(counts)))
 
     def encode(result: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for spec in session.outputs:
@@ -268,8 +268,18 @@ def _joined(arrays: Sequence[np.ndarray], size: int | None) -> np.ndarray:
     return np.concatenate([*arrays, *padding])
 
 
-def _parted(outputs: Mapping[str, np.ndarray], counts: Sequence[int]) -> list[dict[str, np.ndarray]]:
-    """Outputs of joined requests, in parts of so many rows; what padding gave is left out."""
+def _parted(outputs: Mapping[str, np.ndarray], counts: Sequence[int], ran: int) -> list[dict[str, np.ndarray]]:
+    """Outputs of joined requests, in parts of so many rows; what padding gave is left out.
+
+    Raises:
+        ModelError: an output has not the rows that were run, so that nobody knows whose they are.
+    """
+    for name, array in outputs.items():
+        if array.shape[:1] != (ran,):
+            raise ModelError(
+                f"output {name!r} has shape {list(array.shape)} after a run of {ran} rows; expected as many. Where a "
+                "graph's rows are not those of its inputs, requests can be neither joined nor padded."
+            )
     ends = np.cumsum(counts).tolist()
     return [
         {name: array[end - count : end] for name, array in outputs.items()}

@@ -185,6 +185,38 @@ def test_requests_are_joined_as_a_config_pbtxt_asks(tmp_path):
     assert (counts.runs, counts.rows) == (1, 4)
 
 
+def positive():
+    """A graph that gives those rows of its input whose first number is positive: not one for each."""
+    return model_bytes(
+        [
+            helper.make_node("Gather", ["x", "column"], ["first"], axis=1),
+            helper.make_node("Greater", ["first", "zero"], ["wanted"]),
+            helper.make_node("Compress", ["x", "wanted"], ["y"], axis=0),
+        ],
+        [("x", TensorProto.FLOAT, ["rows", 2])],
+        [("y", TensorProto.FLOAT, ["found", 2])],
+        {"column": np.int64(0), "zero": np.float32(0)},
+    )
+
+
+def test_rows_that_cannot_be_told_apart_are_given_to_nobody(tmp_path):
+    """Requests that were joined are run one by one, where an answer has not as many rows as they have together."""
+    repository = start(write_graph(tmp_path / "m", JOINED, positive()))
+    served, outcomes = repository.find("m", ""), queue.Queue()
+
+    with captured() as logs:
+        for value in (-1, 1, 2, 3):
+            arrays = {"x": np.full((1, 2), value, np.float32)}
+            done = functools.partial(lambda value, outcome: outcomes.put((value, outcome["y"].tolist())), value)
+            served.scheduler.submit(Job(arrays=arrays, rows=1, key=served.model.key(arrays), done=done))
+        got = sorted(outcomes.get(timeout=30) for _ in range(4))
+
+    assert got == [(-1, []), (1, [[1, 1]]), (2, [[2, 2]]), (3, [[3, 3]])]
+    assert "output 'y' has shape [3, 2] after a run of 4 rows" in str(logs)
+    with pytest.raises(ModelError, match=r"shape \[1, 2\] after a run of 8 rows"):
+        served.model.run([{"x": np.float32([[1, 1], [-1, -1]])}], 8)
+
+
 def test_a_graph_with_labels_from_config_but_no_file_does_not_start(tmp_path):
     """A file of labels that is not there is named."""
     write_graph(tmp_path / "m", LABELLED)
