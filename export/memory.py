@@ -3,12 +3,13 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import msgspec
 import numpy as np
 
+from bundle.host import cpu_name, isa_class
 from finetune.cache import array_bytes, bytes_array, kept
 
 MAX_BYTES = 8 << 30
@@ -28,6 +29,10 @@ class Memory:
 
     about: tuple[str, ...]
     enabled: bool = True
+
+    def here(self) -> "Memory":
+        """The memory of what this machine answers: kernels of another round, or saturate, otherwise."""
+        return replace(self, about=(*self.about, isa_class(), cpu_name()))
 
     def blob(self, *what: object, compute: Callable[[], bytes]) -> bytes:
         """The bytes that `what` names, computed when they are not there."""

@@ -77,7 +77,7 @@ def open_onnx(config: ExportConfig) -> Source:
         indices = splits.indices(dataset, name)
         log.info("reference", split=name, examples=len(indices))
         rows = EncodedRows(dataset, indices, encode)
-        logits = memory.array("reference", name, compute=lambda: _logits(reference, rows, spec))
+        logits = memory.here().array("reference", name, compute=lambda: _logits(reference, rows, spec))
         return Split(rows, tuple(target.take(indices) for target in targets), logits, indices)
 
     calibration = np.random.default_rng(SEED).permutation(splits.indices(dataset, "train"))[: config.calibration]

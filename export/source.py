@@ -10,6 +10,7 @@ import numpy as np
 
 import bundle
 import export
+import finetune
 from bundle import preprocess
 from bundle.errors import DataError
 from bundle.host import installed_versions
@@ -29,8 +30,8 @@ from finetune.target import Target
 
 SAMPLES = 32  # examples for tracing, parity, timing and invariance
 PACKAGES = (
-    *("edgeward", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "pillow", "tokenizers"),
-    *("torch", "torchvision", "transformers"),
+    *("edgeward", "jieba", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxscript", "pillow"),
+    *("tokenizers", "torch", "torchvision", "transformers"),
 )
 
 
@@ -117,10 +118,11 @@ def open_checkpoint(config: ExportConfig) -> Source:
     _check_known(checkpoint, dataset)
     spec, tasks = checkpoint.spec.input, checkpoint.spec.tasks
     memory = recollection(config, dataset, checkpoint.sha256)
-    selection = reference_split(checkpoint, dataset, "selection", memory)
+    here = memory.here()
+    selection = reference_split(checkpoint, dataset, "selection", here)
     sample = list(selection.rows[:SAMPLES])
     fp32 = memory.blob("fp32", compute=lambda: graph.to_onnx(checkpoint.network, spec, tasks, sample))
-    parity = memory.record(
+    parity = here.record(
         Parity, "parity", compute=lambda: graph.check_parity(fp32, checkpoint.network, spec, tasks, sample)
     )
     log.info("parity", largest_difference=parity.served, tolerance=parity.tolerance)
@@ -132,7 +134,7 @@ def open_checkpoint(config: ExportConfig) -> Source:
         parity=parity,
         calibration=calibration,
         selection=selection,
-        held_out=lambda: reference_split(checkpoint, dataset, "gate", memory),
+        held_out=lambda: reference_split(checkpoint, dataset, "gate", here),
         gate_size=len(checkpoint.splits.indices(dataset, "gate")),
         raw=dataset.raw,
         files=_input_files(checkpoint),
@@ -156,9 +158,9 @@ def recollection(config: ExportConfig, dataset: Dataset, *digests: str) -> Memor
 
 @cache
 def _code() -> str:
-    """A digest of the code that compiles: another version of it remembers nothing."""
+    """A digest of the code that compiles and runs the reference: another version of it remembers nothing."""
     digest = hashlib.sha256()
-    for package in (export, bundle):
+    for package in (export, bundle, finetune):
         for path in sorted(Path(next(iter(package.__path__))).glob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()

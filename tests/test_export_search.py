@@ -5,10 +5,13 @@ import json
 import onnx
 import pytest
 
+import bundle
+import export
+import finetune
 from bundle.errors import GateFailed
 from bundle.model import load_model
 from bundle.store import open_bundle
-from export import bench, ladder, placement, quantize, search, timing
+from export import bench, graph, ladder, memory, placement, quantize, search, source, timing
 from export.build import PAGE, ExportConfig, export_checkpoint
 from export.timing import Timing
 from tests.export_examples import clock, write_mlp
@@ -37,6 +40,32 @@ def test_a_second_export_remembers_the_first(checkpoint, tmp_path, monkeypatch):
     assert second.report.budget == 0.06
     assert [one.latency for one in second.report.candidates] == [one.latency for one in first.report.candidates]
     assert [one.selection for one in second.report.candidates] == [one.selection for one in first.report.candidates]
+
+
+def test_another_machine_answers_for_itself(checkpoint, tmp_path, monkeypatch):
+    """One graph is compiled for all machines; what the reference answers on one is nothing that another remembers."""
+    config = ExportConfig(checkpoint, out=tmp_path / "b", threads=1, calibration=77)
+    source.open_source(config)
+    monkeypatch.setattr(graph, "to_onnx", never)
+    monkeypatch.setattr(graph, "check_parity", never)
+    monkeypatch.setattr(source.evaluate, "logits", never)
+    source.open_source(config)
+
+    monkeypatch.setattr(memory, "cpu_name", lambda: "another")
+    with pytest.raises(AssertionError, match="computed again"):
+        source.open_source(config)
+    monkeypatch.undo()
+    monkeypatch.setattr(graph, "to_onnx", never)
+    monkeypatch.setattr(memory, "isa_class", lambda: "another")
+    source.open_source(config)
+
+
+@pytest.mark.parametrize("package", [bundle, export, finetune])
+def test_other_code_remembers_nothing(package, tmp_path, monkeypatch):
+    """A change of the code that makes the graph, or that runs the reference, is another memory."""
+    before = source._code.__wrapped__()
+    monkeypatch.setattr(package, "__path__", [str(tmp_path)])
+    assert source._code.__wrapped__() != before
 
 
 def test_an_interrupted_export_goes_on(checkpoint, tmp_path, monkeypatch):
