@@ -252,12 +252,32 @@ def test_missing_checkpoint_is_one_line(tmp_path):
 def test_threads_are_measured_and_served(text_checkpoint, tmp_path):
     """A variant that is faster on one thread than on two says so in its manifest, and starts with one."""
     config = ExportConfig(text_checkpoint, out=tmp_path / "b", variant="int8-dynamic", max_drop=20, threads=2)
-    export_checkpoint(config, timer=clock(1.0, 1.1, 1.3, 0.9, 0.8, 0.7))
+    export_checkpoint(config, timer=clock(1.0, 1.1, 1.3, 0.9, 0.8, 0.7, 0.9))
     model = load_model(tmp_path / "b", device="cpu")
 
     assert (model.variant.latency.threads, model.variant.latency.ratio) == (1, 0.7)
     assert model.session.threads == 1
     assert load_model(tmp_path / "b", device="cpu", threads=2).session.threads == 2
+
+
+@pytest.mark.parametrize(("upper", "threads"), [(1.01, 2), (0.99, 1)])
+def test_fewer_threads_are_taken_only_if_surely_faster(upper, threads):
+    """A lucky moment against the reference is not enough: side by side one thread must beat all of them."""
+    node = onnx.helper.make_node("Neg", ["x"], ["y"])
+    values = [onnx.helper.make_tensor_value_info(name, 1, [1]) for name in ("x", "y")]
+    made = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "g", values[:1], values[1:]),
+        opset_imports=[onnx.helper.make_opsetid("", 20)],
+        ir_version=9,
+    ).SerializeToString()
+    reference = Session(made, device="cpu", threads=2)
+
+    def timer(candidate, other, feeds):
+        ratio = {2: 1.0, 1: 0.5}[candidate.threads]
+        return timing.Timing(1.0, 1.0, ratio, 0.4, ratio if other is reference else upper)
+
+    _, session = timing.fastest(made, reference, [{"x": np.ones(1, np.float32)}], timer, threads=2)
+    assert session.threads == threads
 
 
 def test_timer_interleaves_and_compares():
