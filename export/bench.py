@@ -17,6 +17,7 @@ from export import fidelity, gate, graph, mixed, placement, timing
 from export.config import ExportConfig
 from export.ladder import FP32, Compiler, Recipe
 from export.mixed import Kept
+from export.nodes import is_quantized
 from export.placement import Group
 from export.source import Source, Split
 from export.target import Target
@@ -84,10 +85,11 @@ class Candidate:
         """That of the task that lost most on the selection split."""
         return max(record.drop for record in self.selection)
 
-    @property
+    @cached_property
     def precision(self) -> Literal["fp32", "fp16", "int8"]:
-        """As a manifest names it."""
-        return self.recipe.kind if self.recipe.kind in ("fp32", "fp16") else "int8"
+        """As a manifest names it; a model that was quantized before it came is int8, too."""
+        kind, model = self.recipe.kind, onnx.load_from_string(self.graph)
+        return kind if kind in ("fp32", "fp16") and not is_quantized(model.graph) else "int8"
 
     @cached_property
     def session(self) -> Session:

@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+_QUANTIZED = ("QuantizeLinear", "DynamicQuantize", "QLinear", "QGemm", "QAttention")
+
 
 def constant_values(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
     """The values of the initializers, by name."""
@@ -34,6 +36,14 @@ def taken(node: onnx.NodeProto) -> set[str]:
         names.update(value.name for value in graph.output)
         names.update(*(taken(inner) for inner in graph.node))
     return names
+
+
+def is_quantized(graph: onnx.GraphProto) -> bool:
+    """Whether some of it is computed in int8, whose answers hang on the kernels of the machine."""
+    return any(
+        "Integer" in node.op_type or node.op_type.startswith(_QUANTIZED) or any(map(is_quantized, subgraphs(node)))
+        for node in graph.node
+    )
 
 
 def drop_unused(graph: onnx.GraphProto) -> None:

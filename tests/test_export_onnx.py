@@ -14,10 +14,12 @@ from bundle.manifest import ImageInput, Multiclass, Multilabel, NamedTensor, Reg
 from bundle.model import load_model
 from bundle.outputs import sigmoid, softmax
 from bundle.session import Session
-from export import onnx_graph
+from bundle.store import open_bundle
+from export import nodes, onnx_graph, quantize
 from export.build import export_checkpoint
 from export.config import ExportConfig
 from export.onnx_source import open_onnx
+from tests.export_examples import clock
 from tests.serve_bundles import MOOD, TASKS, TEXT, tensors_graph, text_graph, tokenizer_json
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
@@ -106,6 +108,18 @@ def test_splits_follow_from_the_contents(config):
     assert source.gate_size == len(gate)
     assert {row.tobytes() for row in turned.selection.rows} == held_out[0]
     assert source.data_sha256 == turned.data_sha256
+
+
+def test_a_model_that_was_quantized_before_is_int8(config):
+    """Its answers hang on the machine's kernels, whatever the variant is called, and the manifest says so."""
+    of = onnx.load_from_string(quantize.int8_dynamic(model(LINEAR).SerializeToString()))
+    assert nodes.is_quantized(of.graph)
+    given = {"variant": "fp32", "threads": 1}
+    bundle = export_checkpoint(config(of, given=given, x=X, y=Y), timer=clock(1.0)).bundle
+    variant = open_bundle(bundle).manifest.variants[0]
+
+    assert (variant.name, variant.precision) == ("fp32", "int8")
+    assert not nodes.is_quantized(model(LINEAR).graph)
 
 
 def test_remembered_answers_are_of_the_same_rows(config):
