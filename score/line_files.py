@@ -34,7 +34,7 @@ def _header(path: str, rows: CsvRows) -> list[str]:
     first = next(iter(rows), None)
     if first is None or isinstance(first, BadInput):
         raise DataError(f"{path} has no header: {first or 'it is empty'}")
-    return [first[0].removeprefix("\ufeff"), *first[1:]]
+    return first
 
 
 def keys(path: str) -> list[str]:

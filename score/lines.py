@@ -7,6 +7,7 @@ import msgspec
 
 from bundle.errors import BadInput
 
+BOM = b"\xef\xbb\xbf"  # that a file may begin with, which is none of its text
 MAX_FIELD = 64 << 20  # characters; a longer field of CSV is one that nobody closed
 
 
@@ -27,7 +28,9 @@ class CsvRows:
 
     def _decoded(self, lines: Iterable[bytes]) -> Iterator[str]:
         for line in lines:
-            self.offset += len(line)
+            line_start, self.offset = self.offset, self.offset + len(line)
+            if line_start == 0:
+                line = line.removeprefix(BOM)
             yield line.decode("utf-8", "surrogateescape")
         self._ended = True
 
@@ -66,7 +69,7 @@ class JsonRows:
         for line in self._lines:
             line_start, self.offset = self.offset, self.offset + len(line)
             if line_start == 0:
-                line = line.removeprefix(b"\xef\xbb\xbf")
+                line = line.removeprefix(BOM)
             if line.strip():
                 yield line
 

@@ -32,6 +32,13 @@ def test_rows_of_csv_are_those_of_python():
     assert len(expected) == 7
 
 
+def test_a_byte_order_mark_is_no_part_of_a_quoted_field():
+    """As spreadsheets write it: a mark, and a header in quotes, in which a comma may be; offsets count its bytes."""
+    data = b'\xef\xbb\xbf"te,xt","id"\r\n"\xef\xbb\xbfa","1"\r\n'
+
+    assert rows_with_offsets(CsvRows(BytesIO(data))) == [(["te,xt", "id"], 17), (["\ufeffa", "1"], len(data))]
+
+
 @pytest.mark.parametrize("kind", [CsvRows, JsonRows])
 def test_rows_that_are_read_from_any_boundary_are_the_same(kind):
     """From wherever a row begins, the file reads on as it would have from its beginning."""
