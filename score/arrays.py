@@ -93,5 +93,6 @@ class _Column:
         self._member.seek(count * self.row_bytes, 1)
 
     def take(self, count: int) -> np.ndarray:
-        data = self._member.read(count * self.row_bytes)
-        return np.frombuffer(data, self._dtype).reshape(count, *self._shape)
+        data = np.frombuffer(self._member.read(count * self.row_bytes), self._dtype)
+        native = data.astype(self._dtype.newbyteorder("="), copy=False)  # as pyarrow takes it
+        return native.reshape(count, *self._shape)

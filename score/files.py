@@ -188,6 +188,8 @@ def _expand(argument: str, images: bool) -> Iterable[tuple[str, Any]]:
         if info.type == fs.FileType.Directory:
             return _folder(place, argument, images)
         found = [(place.prefix + each.path, each) for each in _matching(place)]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{argument} holds {error.object!r}, a name that is not UTF-8. Rename that file.") from error
     except OSError as error:
         raise DataError(f"{argument} cannot be read: {error}.") from error
     if not found:

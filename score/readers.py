@@ -73,6 +73,11 @@ class Wanted:
         if kind == "npz" and isinstance(self.spec, VectorInput) and self.spec.column not in {*column, *types}:
             column = {**column, self.spec.column: _ARRAY}
         found = choose_columns(self.spec, column, self.keep, list(types), path)
+        for source in self.keep.values():
+            if kind == "npz" and pa.types.is_null(types[source]):
+                raise DataError(
+                    f"array {source!r} of {path} cannot be kept: a number, a truth value or a text a row is expected."
+                )
         return found, {name: types[source] for name, source in self.keep.items()}
 
     def _all(self) -> list[str]:
@@ -86,9 +91,10 @@ class Wanted:
 
 
 def _arrow_type(shape: tuple[int, ...], dtype: np.dtype) -> pa.DataType:
-    if dtype.kind not in "biuf" or len(shape) != 1:
+    """Of an array's rows; null where a column cannot hold them."""
+    if dtype.kind not in "biuf" or dtype.itemsize > 8 or len(shape) != 1:
         return pa.string() if dtype.kind == "U" and len(shape) == 1 else pa.null()
-    return pa.from_numpy_dtype(dtype)
+    return pa.from_numpy_dtype(dtype.newbyteorder("="))
 
 
 def cut(found: Found, index: int, columns: Columns, unit_rows: int) -> Iterator[Unit]:

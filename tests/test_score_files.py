@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,14 @@ def test_what_cannot_be_scored_is_refused(data, argument, message):
 
     with pytest.raises(DataError, match=message):
         find_inputs([str(data / argument)], images=False)
+
+
+def test_a_name_that_is_not_utf8_is_refused(data):
+    """No column of the answers could hold it; the message shows which it is."""
+    Path(os.fsdecode(os.fsencode(data) + b"/caf\xe9.csv")).write_text("x")
+
+    with pytest.raises(DataError, match=r"caf\\xe9\.csv.* is not UTF-8"):
+        find_inputs([str(data)], images=False)
 
 
 def test_images_of_folders_and_globs_are_one_input(data):

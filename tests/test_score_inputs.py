@@ -287,6 +287,28 @@ def test_kept_columns_have_their_own_types(mood, tmp_path):
     assert table["text"].to_pylist() == ["bad", "film"]
 
 
+def test_kept_arrays_of_other_byte_order(mood, tmp_path):
+    """They are the same numbers."""
+    kept = {"big": np.array([1, 513], ">i4"), "half": np.array([0.5, 2], ">f2")}
+    np.savez(tmp_path / "texts.npz", text=np.array(["bad", "film"]), **kept)
+    table = scored(mood, tmp_path / "texts.npz", out=tmp_path / "out", keep=tuple(kept))
+
+    assert table["big"].to_pylist() == [1, 513]
+    assert table["half"].to_pylist() == [0.5, 2]
+
+
+@pytest.mark.parametrize(
+    "kept", [np.ones((2, 2)), np.array([b"a", b"b"]), np.array([0, 1], "M8[s]"), np.ones(2, complex), np.ones(2, "g")]
+)
+def test_arrays_that_no_column_holds_are_refused(mood, tmp_path, kept):
+    """Before anything is scored."""
+    np.savez(tmp_path / "texts.npz", text=np.array(["bad", "film"]), kept=kept)
+
+    with pytest.raises(DataError, match=r"array 'kept' of .* cannot be kept"):
+        run(mood, tmp_path / "texts.npz", out=tmp_path / "out", keep=("kept",))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_kept_column_may_not_take_the_name_of_an_answer(tmp_path):
     """The message says how to give it another."""
     bundle = bundles.write_text_bundle(tmp_path / "mood")
