@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from bundle import outputs, preprocess
 from bundle.errors import BadInput, EdgewardError, ModelError
 from bundle.model import MAX_ROWS, Model, load_model, predict_logits, self_test
 from bundle.session import Device
-from bundle.store import open_bundle
+from bundle.store import Bundle, open_bundle
 from score import answers, drift
 from score.answers import BAD_INPUT, FAILED, OK
 from score.config import ScoreConfig
@@ -86,11 +86,15 @@ class Scorer:
             BundleError, DeviceUnavailable, MissingExtra, ModelError: see load_model.
         """
         self.model: Model = load_model(bundle, device=device, threads=threads)
-        self._bundle = bundle
+        self._path = bundle
         self._columns = columns(self.model.manifest.tasks)
         self._batch = min(batch, MAX_ROWS)
         self._pool = ThreadPoolExecutor(decoders, "preprocess") if decoders > 1 else None
         self.schema = pa.schema([*self._columns.fields, *answers.STATUS])
+
+    @cached_property
+    def _bundle(self) -> Bundle:
+        return open_bundle(self._path)  # once: all of it is hashed
 
     def score(self, raws: Raws) -> pa.Table:
         """A row of answers for each example, in their order; what could not be used or run says why in `_error`."""
@@ -169,7 +173,7 @@ class Scorer:
             got = self._predict(encoded.rows, picked)
         except ModelError as error:
             if len(picked) == 1:
-                self_test(open_bundle(self._bundle), self.model)  # it is the example's fault if others do not fail
+                self_test(self._bundle, self.model)  # it is the example's fault if others do not fail
                 faults[int(picked[0])] = Fault(FAILED, str(error))
                 return
             size = self._batch if len(picked) > self._batch else (len(picked) + 1) // 2
@@ -178,6 +182,8 @@ class Scorer:
             return
         for name, values in got.items():
             logits[name][_places(encoded.rows, picked)] = values
+            for number in np.flatnonzero(~(values < np.inf).all(axis=1)):  # -inf is the logarithm of 0
+                faults[int(picked[number])] = Fault(FAILED, f"the model gives {name} that are not numbers.")
 
     def _predict(self, rows: Sequence[np.ndarray | None] | np.ndarray, picked: np.ndarray) -> dict[str, np.ndarray]:
         places = _places(rows, picked)

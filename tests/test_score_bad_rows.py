@@ -11,6 +11,7 @@ from pyarrow import parquet
 from bundle.errors import ModelError, SelfTestFailed
 from bundle.model import load_model
 from bundle.session import Session
+from bundle.store import open_bundle
 from score.errors import TooManyBadRows
 from score.scorer import Scorer
 from tests import serve_bundles as bundles
@@ -206,3 +207,43 @@ def test_a_failing_row_has_its_own_status(mood):
     expected = load_model(mood, device="cpu").predict([b"film"])
     assert table["label"].to_pylist() == [expected["label"][0, 0].decode(), None, None]
     np.testing.assert_array_equal(table["score"].to_numpy()[:1], expected["score"].max(axis=1))
+
+
+class _Gives:
+    """A session one of whose answers is another number."""
+
+    def __init__(self, session, value):
+        self.session, self.value = session, value
+
+    def run(self, feeds):
+        outputs = self.session.run(feeds)
+        for values in outputs.values():
+            values[(feeds["input_ids"] == bundles.WORDS.index("bad")).any(axis=1), 0] = self.value
+        return outputs
+
+
+@pytest.mark.parametrize(("value", "status"), [(np.nan, FAILED), (np.inf, FAILED), (-np.inf, OK)])
+def test_an_answer_that_is_no_number_is_a_bad_row(mood, value, status):
+    """Whatever the model gave the others; of the logarithm of 0 there is a score."""
+    scorer = Scorer(mood, device="cpu", threads=1)
+    before = scorer.score([b"film", b"the film is good"]).to_pylist()
+    scorer.model.session = _Gives(scorer.model.session, value)
+    after = scorer.score([b"film", b"bad", b"the film is good"]).to_pylist()
+
+    assert after[:1] + after[2:] == before
+    assert after[1]["_status"] == status
+    if status == FAILED:
+        assert (after[1]["label"], after[1]["score"]) == (None, None)
+        assert after[1]["_error"] == "the model gives logits that are not numbers."
+
+
+def test_the_bundle_is_hashed_once_for_all_rows_that_fail(mood, monkeypatch):
+    """Each is held against the golden examples, of a bundle that was verified at the first."""
+    opened = []
+    monkeypatch.setattr("score.scorer.open_bundle", lambda path: (opened.append(path), open_bundle(path))[1])
+    scorer = Scorer(mood, device="cpu", threads=1)
+    scorer.model.session = _Breaks(scorer.model.session, [2, bundles.WORDS.index("bad")])
+    table = scorer.score([b"bad"] * 5)
+
+    assert table["_status"].to_pylist() == [FAILED] * 5
+    assert opened == [mood]
