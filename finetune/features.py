@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from bundle.errors import DataError
 from bundle.manifest import ImageInput, Regression, Task, to_json
@@ -126,6 +127,15 @@ def _as_student(logits: np.ndarray, teacher: Sequence[Task], student: Sequence[T
     return np.concatenate(parts, axis=1)
 
 
+def weights_digest(module: nn.Module) -> str:
+    """Hex digest of a module's tensors: their names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _key(pretrained: Pretrained, network: Network, hashes: list[str], device: torch.device) -> str:
     """Hex digest of the backbone, the preprocessing, the libraries and the examples in their order."""
     digest = hashlib.sha256()
@@ -134,8 +144,6 @@ def _key(pretrained: Pretrained, network: Network, hashes: list[str], device: to
     for name, data in sorted(pretrained.files.items()):
         digest.update(f"{name} {hashlib.sha256(data).hexdigest()}\n".encode())
     digest.update(f"{library_versions()} {device.type}\n{network.backbone}\n".encode())
-    for name, tensor in network.backbone.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    digest.update(weights_digest(network.backbone).encode())
     digest.update("\n".join(hashes).encode())
     return digest.hexdigest()

@@ -120,8 +120,9 @@ class Progress:
             found = msgspec.convert(json.loads((path / STATE).read_bytes()), type=_StateFile)
             if found.fingerprint != self.fingerprint:
                 raise CheckpointError(
-                    f"{path} is the state of another training: its options, data, libraries, device, threads or number "
-                    f"of processes differ. Give the same ones, or remove {self.folder} to start from the beginning."
+                    f"{path} is the state of another training: its options, data, pretrained weights, teacher, "
+                    "libraries, device, threads or number of processes differ. Give the same ones, or remove "
+                    f"{self.folder} to start from the beginning."
                 )
             if store.sha256_file(path / TENSORS) != found.sha256:
                 raise ValueError(f"the sha256 of {TENSORS} differs")

@@ -107,7 +107,13 @@ def _train(job: Job, name: str, trainable: Sequence[str], rate: float = 1.0) -> 
     teacher = None
     if config.teacher is not None:
         teacher = teacher_logits(
-            config.teacher, job.dataset, train, job.tasks, batch_size=config.batch_size, device=job.device
+            config.teacher,
+            job.dataset,
+            train,
+            job.tasks,
+            batch_size=config.batch_size,
+            device=job.device,
+            cache=config.cache,
         )
     examples = Examples(encode_rows(job.pretrained, job.dataset, train), job.targets(train), teacher)
     held_out = Examples(encode_rows(job.pretrained, job.dataset, validation), job.targets(validation))

@@ -19,10 +19,19 @@ from bundle.host import cpu_count
 from bundle.log import log
 from bundle.preprocess import encoder
 from finetune import evaluate, report
-from finetune.checkpoint import FORMAT, FORMAT_VERSION, CheckpointSpec, Provenance, library_versions, write_checkpoint
+from finetune.checkpoint import (
+    FORMAT,
+    FORMAT_VERSION,
+    CheckpointSpec,
+    Provenance,
+    library_versions,
+    read_spec,
+    write_checkpoint,
+)
 from finetune.config import TrainConfig, TrainResult
 from finetune.data import load_dataset
 from finetune.device import choose_device
+from finetune.features import weights_digest
 from finetune.job import Job
 from finetune.parallel import World, world
 from finetune.pretrained import modality, open_model
@@ -75,6 +84,8 @@ def prepare(config: TrainConfig, ours: World | None = None) -> Job:
         network = pretrained.network(sum(target.width for target in dataset.targets))
     settings = {name: str(value) for name, value in asdict(config).items() if name not in _OF_NO_EFFECT}
     decisive = [settings, dataset.sha256, dataset.hashes, library_versions(), device.type, threads, ours.size]
+    files = {name: hashlib.sha256(data).hexdigest() for name, data in pretrained.files.items()}
+    decisive += [files, weights_digest(network), config.teacher and read_spec(config.teacher)[1]]
     return Job(
         config=config,
         strategy=config.strategy or ("full" if config.widths else "probe"),

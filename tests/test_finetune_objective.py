@@ -1,5 +1,7 @@
 """What training minimises, and what is measured of it, against PyTorch's and scikit-learn's definitions."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from finetune.data import load_dataset
 from finetune.features import _as_student, _check_teacher, teacher_logits
 from finetune.objective import Objective, make_objective, target_tensors
 from finetune.target import Target
-from finetune.train import train
+from finetune.train import prepare, train
 
 COUNT = 60
 TOPIC = Multiclass(name="topic", labels=("a", "b", "c"))
@@ -255,6 +257,37 @@ def test_teachers_logits_are_computed_once(tmp_path, monkeypatch):
     np.testing.assert_array_equal(first, expected)
     monkeypatch.setattr(evaluate, "logits", None)
     np.testing.assert_array_equal(ask(), expected)
+
+
+def test_teacher_is_not_cached_without_a_cache(tmp_path, monkeypatch):
+    """--no-cache neither reads nor writes what a teacher says."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    x = np.random.default_rng(0).normal(size=(COUNT, 4)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=x, y=(x[:, 0] > 0).astype(int))
+    options = TrainConfig(
+        "mlp", str(tmp_path / "data.npz"), out=tmp_path / "teacher", widths=(4,), epochs=1, cache=False
+    )
+    train(options)
+    train(replace(options, out=tmp_path / "student", teacher=tmp_path / "teacher"))
+
+    assert not (tmp_path / "cache").exists()
+
+
+def test_another_start_is_another_training(tmp_path):
+    """What is resumed began with the same weights and has the same teacher, whatever lies at these paths now."""
+    x = np.random.default_rng(0).normal(size=(COUNT, 4)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=x, y=(x[:, 0] > 0).astype(int))
+    start = TrainConfig("mlp", str(tmp_path / "data.npz"), out=tmp_path / "start", widths=(4,), epochs=1)
+    train(start)
+    student = replace(start, out=tmp_path / "student", teacher=tmp_path / "start")
+    grown = replace(start, model=f"checkpoint:{tmp_path / 'start'}", widths=(), out=tmp_path / "grown")
+    before = [prepare(config).fingerprint for config in (student, grown)]
+    assert [prepare(config).fingerprint for config in (student, grown)] == before
+
+    shutil.rmtree(tmp_path / "start")
+    train(replace(start, learning_rate=0.05))
+    after = [prepare(config).fingerprint for config in (student, grown)]
+    assert all(one != other for one, other in zip(before, after, strict=True))
 
 
 def softmax(logits):
