@@ -13,7 +13,7 @@ from bundle.log import log
 from bundle.manifest import GateRecord, Latency, Record
 from bundle.model import predict_logits
 from bundle.session import Session, node_times
-from export import fidelity, gate, graph, mixed, placement, timing
+from export import fidelity, gate, graph, mixed, placement, robustness, timing
 from export.config import ExportConfig
 from export.ladder import FP32, Compiler, Recipe
 from export.mixed import Kept
@@ -265,8 +265,9 @@ class Bench:
         return BatchLatency(batch=batch, p50_ms=times.p50_ms, fp32_p50_ms=times.reference_p50_ms, ratio=times.ratio)
 
     def _traits(self, compiled: bytes) -> Traits:
-        session = Session(compiled, device=self._target.device)
+        session, spec, rows = Session(compiled, device=self._target.device), self.source.spec, self.source.sample
         return Traits(
-            batch_invariant=graph.is_batch_invariant(session, self.source.spec, self.source.sample),
+            batch_invariant=graph.is_batch_invariant(session, spec, rows)
+            and robustness.is_padding_invariant(session, spec, rows),
             leftovers=placement.leftovers(compiled),
         )

@@ -1,6 +1,7 @@
 """What an answer may not depend on is tried on every kind of input, and a fault of each sort is found."""
 
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -10,6 +11,7 @@ from onnx import helper, numpy_helper
 from bundle.manifest import TextInput, VectorInput
 from bundle.session import Session
 from export import graph, quantize
+from export.bench import Bench
 from export.robustness import check_robustness
 from tests.export_examples import KINDS, TASKS, tiny
 
@@ -103,6 +105,15 @@ def test_padding_that_counts_is_found(mask):
     found = check(texts(mask), spec, rows)
     assert found.padding_invariant == mask
     assert found.batch_invariant  # examples of equal length are not padded
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_what_is_served_in_batches_depends_on_no_padding(mask):
+    """Also where no batch of the examples shows it, as all are of one length: a variant runs as its report says."""
+    spec = TextInput(column="text", max_length=16, pad_id=0, buckets=(8, 16))
+    source = SimpleNamespace(spec=spec, sample=[np.arange(1 + i, 6 + i) for i in range(10)])
+    measured = Bench._traits(SimpleNamespace(source=source, _target=SimpleNamespace(device="cpu")), texts(mask))
+    assert measured.batch_invariant == mask
 
 
 def test_extremes_that_overflow_are_named():
