@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from bundle import bfloat16, cuda, weights
-from bundle.errors import DeviceUnavailable, ModelError
+from bundle.errors import DeviceUnavailable, EdgewardError, ModelError
 from bundle.host import cpu_count, products_saturate
 from bundle.log import log
 from bundle.pinned import Memory
@@ -91,6 +91,7 @@ def optimized(graph: bytes, *, level: Literal["basic", "all"] = "all") -> bytes:
 
     Raises:
         ModelError: the runtime cannot load the graph.
+        EdgewardError: there is no room for it among the temporary files.
     """
     from tempfile import TemporaryDirectory  # half a megabyte, of which a server has no need
 
@@ -98,6 +99,7 @@ def optimized(graph: bytes, *, level: Literal["basic", "all"] = "all") -> bytes:
     options = _options(1, optimize=True)
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if level == "all" else levels.ORT_ENABLE_BASIC
     with TemporaryDirectory(prefix="edgeward-") as folder:
+        _check_room(folder, len(graph))
         path = Path(folder) / "optimized.onnx"
         options.optimized_model_filepath = str(path)
         try:
@@ -105,6 +107,17 @@ def optimized(graph: bytes, *, level: Literal["basic", "all"] = "all") -> bytes:
         except Exception as error:  # onnxruntime's own classes derive from Exception
             raise ModelError(f"ONNX Runtime cannot load the graph: {error}") from error
         return path.read_bytes()
+
+
+def _check_room(folder: str, size: int) -> None:
+    """Tell a full disk from a graph at fault, for which the runtime has one and the same error."""
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if free < size:
+        raise EdgewardError(
+            f"{os.path.dirname(folder)} has {free / 1e6:.1f} MB free, and optimising a graph takes {size / 1e6:.1f}. "
+            "Make room, or set TMPDIR to another folder."
+        )
 
 
 def node_times(graph: bytes, feeds: Sequence[Mapping[str, np.ndarray]], *, threads: int) -> dict[str, float]:

@@ -9,9 +9,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from bundle.errors import DeviceUnavailable, ModelError
+from bundle.errors import DeviceUnavailable, EdgewardError, ModelError
 from bundle.host import cpu_count
-from bundle.session import Session
+from bundle.session import Session, optimized
 from bundle.tensor import TensorSpec
 
 CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and Path("/dev/nvidiactl").exists()
@@ -200,3 +200,14 @@ def test_missing_runtime_names_its_extras():
 
     assert "MissingExtra: onnxruntime is not installed" in done.stderr
     assert "pip install 'edgeward[cpu]'" in done.stderr
+
+
+def test_a_full_disk_is_no_fault_of_the_graph(monkeypatch):
+    """Optimising it says so, instead of that it cannot be compiled, which an export would take for an answer."""
+    assert optimized(graph())
+    disk = list(os.statvfs("."))
+    disk[4] = 0  # f_bavail
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(disk))
+    with pytest.raises(EdgewardError, match=r"has 0\.0 MB free.*TMPDIR") as caught:
+        optimized(graph())
+    assert not isinstance(caught.value, ModelError)
