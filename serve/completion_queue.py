@@ -35,6 +35,7 @@ Event = Any  # of cygrpc, as are calls and operations
 
 _TOGETHER = 8  # answers; each has taken scheduler.HAND_OVER_NS at most, as longer runs are not waited for
 _AWAITED = 32  # calls; those that come together are told of together, and dealt with while their code is in the caches
+_IN_TURN = 16  # messages of streams between two looks at the sockets, which the queue takes only when it is empty
 _TURN_S = 1.0  # between looks at requests that do not arrive
 _NEVER = time.time() + 1e9  # seconds; what has 30 years and more has no deadline
 
@@ -123,9 +124,8 @@ class Call:
             operations.append(cygrpc.SendStatusFromServerOperation(None, code, details, 0))
             if not self._watched:  # a call that is not asked for its end never ends well
                 operations.append(cygrpc.ReceiveCloseOnServerOperation(0))
-            call = self._call
-            self._end()
-            self._calls.send(call, operations, lambda event: sent())
+            core, self._call = self._call, None
+            self._calls.send(self, core, operations, lambda event: sent())
 
     def fail(self, error: Exception) -> None:
         """Send the status of an error."""
@@ -160,6 +160,10 @@ class Stream(Call):
         self._sending = False
         self._last: Sent | None = None
         self._sent: Sent = nothing
+
+    def receive(self, then: Callable[[bytes | None], None]) -> None:
+        """As of any call; now and then other clients come first, of whom a stream that brings enough keeps us."""
+        self._calls.receive(partial(super().receive, then))
 
     def on_sent(self, sent: Sent) -> None:
         """Call `sent` after each message that was sent."""
@@ -212,26 +216,46 @@ class Calls:
         self.open: set[Call] = set()
         self.leader = 0
         self._held: list[tuple[Any, Sequence[Any], Callable[[Event], None]]] = []  # of the leader alone
+        self._streamed = 0
+        self._later: list[Callable[[], None]] = []  # of the leader alone
 
-    def send(self, call: Any, operations: Sequence[Any], tag: Callable[[Event], None]) -> None:
+    def send(self, call: Call, core: Any, operations: Sequence[Any], tag: Callable[[Event], None]) -> None:
         """Start the last batch of a call: now, or where more calls are to be answered with theirs."""
         if self.leader != threading.get_ident():
-            call.start_server_batch(operations, tag)
+            try:
+                core.start_server_batch(operations, tag)
+            finally:
+                self.open.discard(call)  # not before: the leader shuts the queue down when it sees none open
             return
-        self._held.append((call, operations, tag))
+        self.open.discard(call)
+        self._held.append((core, operations, tag))
         if len(self._held) >= _TOGETHER or not self.open:
             self.flush()
 
     def flush(self) -> None:
         """Send what waits."""
         held, self._held = self._held, []
-        for call, operations, tag in held:
-            call.start_server_batch(operations, tag)
+        for core, operations, tag in held:
+            core.start_server_batch(operations, tag)
+
+    def receive(self, start: Callable[[], None]) -> None:
+        """Begin to receive a message of a stream: now, or when `resume` is called."""
+        self._streamed += 1
+        if self.leader != threading.get_ident() or (self._streamed % _IN_TURN and not self._later):
+            start()
+        else:
+            self._later.append(start)
+
+    def resume(self) -> None:
+        """Go on with the streams."""
+        later, self._later = self._later, []
+        for start in later:
+            start()
 
     @property
     def held(self) -> bool:
         """Whether anything waits."""
-        return bool(self._held)
+        return bool(self._held or self._later)
 
 
 class Transport:
@@ -262,6 +286,7 @@ class Transport:
         self._calls = Calls()
         self._shut = False
         self._look_at = 0.0
+        self._empty = False  # whether the last look at the queue found nothing
         self._ended = threading.Event()
         self._queue = cygrpc.CompletionQueue()
         self._server = cygrpc.Server(wire.options(config), False)
@@ -344,7 +369,11 @@ class Transport:
         event = self._queue.poll(0 if self._calls.held else time.time() + _TURN_S)
         if event.tag is None:  # nothing has happened, or nothing ever will
             self._calls.flush()
+            if self._empty:  # the sockets were read; gRPC may come back once before it has looked at them
+                self._calls.resume()
+            self._empty = True
             return bool(event.completion_type == cygrpc.CompletionType.queue_shutdown)
+        self._empty = False
         try:
             event.tag(event)
         except Exception as error:

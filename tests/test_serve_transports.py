@@ -264,22 +264,54 @@ def test_a_call_is_answered_whatever_becomes_of_its_log_and_trace(stub, served, 
 def test_answers_of_the_thread_that_takes_the_events_are_sent_together():
     """Up to so many, or when no call is left; those of any other thread at once."""
     sent, together = [], completion_queue._TOGETHER
-    call = SimpleNamespace(start_server_batch=lambda operations, tag: sent.append(tag))
+    core = SimpleNamespace(start_server_batch=lambda operations, tag: sent.append(tag))
     calls = completion_queue.Calls()
-    calls.open.add("another call")
+    calls.open.update(["another", "last"])
 
-    calls.send(call, (), "of another thread")
+    calls.send("one", core, (), "of another thread")
     calls.leader = threading.get_ident()
     for number in range(together - 1):
-        calls.send(call, (), number)
+        calls.send("one", core, (), number)
     assert sent == ["of another thread"]
-    calls.send(call, (), together - 1)
+    calls.send("one", core, (), together - 1)
     assert sent[1:] == list(range(together))
 
-    calls.send(call, (), "held")
-    calls.open.clear()
-    calls.send(call, (), "last")
+    calls.send("another", core, (), "held")
+    assert sent[-1] == together - 1
+    calls.send("last", core, (), "last")
     assert sent[-2:] == ["held", "last"]
+    assert not calls.held
+
+
+def test_a_call_is_open_until_its_last_batch_has_begun():
+    """When none is open the queue may be shut down, and gRPC ends the process where a batch begins after that."""
+    calls, open_then = completion_queue.Calls(), []
+    calls.open.add("one")
+
+    def begin(operations, tag):
+        open_then.append(set(calls.open))
+        raise ValueError("cannot begin")
+
+    with pytest.raises(ValueError, match="cannot begin"):
+        calls.send("one", SimpleNamespace(start_server_batch=begin), (), "of another thread")
+
+    assert open_then == [{"one"}]
+    assert not calls.open
+
+
+def test_streams_that_bring_enough_wait_for_a_look_at_the_sockets():
+    """Else the queue never is empty, and nobody else is heard."""
+    began, in_turn = [], completion_queue._IN_TURN
+    calls = completion_queue.Calls()
+    calls.leader = threading.get_ident()
+
+    for number in range(in_turn + 2):
+        calls.receive(lambda number=number: began.append(number))
+
+    assert began == list(range(in_turn - 1))
+    assert calls.held
+    calls.resume()
+    assert began == list(range(in_turn + 2))
     assert not calls.held
 
 
