@@ -92,6 +92,15 @@ def _check(config: ExportConfig) -> str:
             f"--confidence is {config.confidence:g}, --max-drop {config.max_drop:g} and --calibration "
             f"{config.calibration}; they must be between 0.5 and 1, 0 or more, and 1 or more."
         )
+    if config.add_to is not None and (config.goldens or config.name or config.version != 1):
+        raise BundleError(
+            "--goldens, --name and --version are those of the bundle that --add-to names: leave them out."
+        )
+    if config.report is not None and config.report.resolve().is_relative_to(config.out.resolve()):
+        raise BundleError(
+            f"--report {config.report} lies in --out {config.out}, which must not exist before the bundle is written. "
+            "Choose another place; the bundle holds its report anyway."
+        )
     if config.out.exists():  # now, not after the search
         raise OutputExists(f"{config.out} exists already and was left as it is. Choose another --out, or remove it.")
     return name

@@ -211,6 +211,22 @@ def test_out_is_never_replaced(image_checkpoint, tmp_path):
     assert (tmp_path / "b" / "mine").read_text() == "mine"
 
 
+@pytest.mark.parametrize("report", ["b/report.html", "b/deep/../r.json", "b"])
+def test_report_inside_out_is_refused_first(report, tmp_path):
+    """It would be there before the bundle, which could then not be written: that is said before the search."""
+    config = ExportConfig(tmp_path / "none", out=tmp_path / "b", report=tmp_path / report)
+    with pytest.raises(BundleError, match="lies in --out"):
+        export_checkpoint(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", [{"name": "mine"}, {"version": 2}, {"goldens": Path("some.csv")}])
+def test_what_a_bundle_has_already_is_not_given_with_add_to(option, tmp_path):
+    """Name, version and golden examples are the bundle's; an option that would be ignored is refused."""
+    with pytest.raises(BundleError, match="--add-to"):
+        export_checkpoint(ExportConfig(tmp_path / "none", out=tmp_path / "b", add_to=tmp_path / "a", **option))
+
+
 def test_other_data_is_refused(text_checkpoint, tmp_path):
     """A gate on examples that the model may have been trained on proves nothing."""
     from tests.finetune_examples import write_tweets
