@@ -212,7 +212,7 @@ def test_rows_that_cannot_be_told_apart_are_given_to_nobody(tmp_path):
         got = sorted(outcomes.get(timeout=30) for _ in range(4))
 
     assert got == [(-1, []), (1, [[1, 1]]), (2, [[2, 2]]), (3, [[3, 3]])]
-    assert "output 'y' has shape [3, 2] after a run of 4 rows" in str(logs)
+    assert "has shape [3, 2] after a run of 4 rows" in str(logs)
     with pytest.raises(ModelError, match=r"shape \[1, 2\] after a run of 8 rows"):
         served.model.run([{"x": np.float32([[1, 1], [-1, -1]])}], 8)
 
