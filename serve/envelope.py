@@ -16,7 +16,9 @@ from serve.inputs import shared_bytes
 from serve.parameters import RequestOptions, read_request
 
 KEPT = 256  # envelopes, and as many plans of each model
+MAX_FIELDS = 4096  # of a request: each tensor that it describes or brings is one, and each parameter
 _LARGE = 4 << 10  # bytes; of an envelope that is not kept, as one with tensors in it
+_MANY = 64  # fields of an envelope that is not kept either: as a message each takes many times its bytes
 _SMALL = 64 << 10  # bytes; of tensors that are copied, and then lie where the machine may expect them
 _ID = 3 << 3 | 2  # the tag of id
 _RAW = 7 << 3 | 2  # the tag of raw_input_contents
@@ -84,15 +86,19 @@ def parse_request(data: bytes) -> Request:
     """A ModelInferRequest; of a large one the raw contents are views.
 
     Raises:
-        BadInput: the bytes are no such message.
+        BadInput: the bytes are no such message, or it has more than MAX_FIELDS.
     """
     parts = _split(data)
     if parts is None:
         message = _parse(data)
+        if max(map(len, (message.raw_input_contents, message.inputs, message.outputs))) > MAX_FIELDS:
+            raise _too_many()
         envelope, name, raws = Envelope(message, kept=False), message.id, list(message.raw_input_contents)
     else:
-        rest, name, raws = parts
-        envelope = _kept(rest) if len(rest) < _LARGE else Envelope(_parse(rest), kept=False)
+        others, name, raws = parts
+        rest = b"".join(others)
+        kept = len(rest) < _LARGE and len(others) <= _MANY
+        envelope = _kept(rest) if kept else Envelope(_parse(rest), kept=False)
     return Request(envelope, name, raws, len(data) + envelope.shared_bytes)
 
 
@@ -101,7 +107,11 @@ def _kept(data: bytes) -> Envelope:
     return Envelope(_parse(data), kept=True)
 
 
-def _split(data: bytes) -> tuple[bytes, str, list[bytes | memoryview]] | None:
+def _too_many() -> BadInput:
+    return BadInput(f"the request has more than {MAX_FIELDS} tensors and parameters; expected fewer.")
+
+
+def _split(data: bytes) -> tuple[list[bytes | memoryview], str, list[bytes | memoryview]] | None:
     """All other fields, in their order, the id and the raw contents; None: there is what only protobuf knows to read.
 
     https://protobuf.dev/programming-guides/encoding: a message is a row of fields, each a tag (number << 3 | wire type)
@@ -109,9 +119,12 @@ def _split(data: bytes) -> tuple[bytes, str, list[bytes | memoryview]] | None:
     """
     size = len(data)
     view = data if size < _SMALL else memoryview(data)
-    others, name, position = [], b"", 0
+    name, position = "", 0
+    others: list[bytes | memoryview] = []
     raws: list[bytes | memoryview] = []
-    while position < size:
+    for _ in range(MAX_FIELDS + 1):
+        if position == size:
+            return others, name, raws
         tag = data[position]
         if tag & 7 != _LENGTH or not 0 < tag >> 3 < 16:
             return None
@@ -126,14 +139,14 @@ def _split(data: bytes) -> tuple[bytes, str, list[bytes | memoryview]] | None:
         if tag == _RAW:
             raws.append(view[start:end])
         elif tag == _ID:
-            name = data[start:end]
+            try:
+                name = data[start:end].decode()
+            except UnicodeDecodeError:
+                return None
         else:
             others.append(view[position:end])
         position = end
-    try:
-        return b"".join(others), name.decode(), raws
-    except UnicodeDecodeError:
-        return None
+    raise _too_many()
 
 
 def _read_varint(data: bytes, position: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from serve.shared_memory import Regions
 from serve.tensors import Tensor, from_contents, from_raw
 
 MAX_BYTES = 2**31 - 1  # of one tensor; no gRPC message is longer
+_MAX_AXES = 64  # of numpy's arrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,10 @@ def _check_names(names: Sequence[str], known: Sequence[str], optional: Collectio
 
 
 def _checked_shape(tensor: Tensor, spec: TensorSpec) -> tuple[int, ...]:
-    shape, where = tuple(tensor.shape), f"input {spec.name!r}"
+    where = f"input {spec.name!r}"
+    if len(tensor.shape) > _MAX_AXES:
+        raise BadInput(f"{where} has {len(tensor.shape)} axes; expected {list(spec.shape)}, where -1 is any length.")
+    shape = tuple(tensor.shape)
     if tensor.datatype != spec.datatype:
         raise BadInput(f"{where} has datatype {tensor.datatype!r}; expected {spec.datatype}.")
     if shape != spec.shape and not _fits(shape, spec.shape):

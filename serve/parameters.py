@@ -7,6 +7,8 @@ from bundle.errors import BadInput
 from protos import inference_pb2 as pb
 from serve.errors import NotSupported
 
+MAX_PARAMETERS = 1024  # of a request, and of each of its tensors
+
 _INTEGER = ("int64_param", "uint64_param")
 _TYPES = {  # of parameters that mean something; any other key is the client's own
     "priority": _INTEGER,
@@ -68,7 +70,7 @@ def read_request(parameters: Parameters) -> RequestOptions:
     """What a request asks for.
 
     Raises:
-        BadInput: a parameter has no value, one of another type, or a name that is reserved.
+        BadInput: there are too many parameters, or one has no value, one of another type, or a name that is reserved.
         NotSupported: it asks for a sequence.
     """
     if not parameters:
@@ -91,7 +93,8 @@ def read_input(parameters: Parameters, where: str) -> TensorOptions:
         where: what the errors call it.
 
     Raises:
-        BadInput: a parameter has no value, another type than it should have, or does not belong here.
+        BadInput: there are too many parameters, or one has no value, another type than it should have, or does not
+            belong here.
     """
     if not parameters:
         return _PLAIN_TENSOR
@@ -143,6 +146,8 @@ def _natural(values: Mapping[str, Value], key: str, where: str = "") -> int:
 
 
 def _values(parameters: Parameters, where: str = "") -> dict[str, Value]:
+    if len(parameters) > MAX_PARAMETERS:
+        raise BadInput(f"{where or 'the request'} has {len(parameters)} parameters; expected at most {MAX_PARAMETERS}.")
     return {key: _value(key, parameter, where) for key, parameter in parameters.items()}
 
 

@@ -86,6 +86,7 @@ def test_fields_in_any_order_and_in_parts_are_read_as_protobuf_reads_them():
         b"\x7a\x01x\x42\x00",  # fields that nobody knows
         b"\xfa\x01\x01x",
         b"\x0a\x01\xff",  # a name that is not UTF-8
+        b"\x1a\x01\xff\x1a\x01x",  # the same of an id that another one follows
     ],
     ids=bytes.hex,
 )
@@ -107,6 +108,25 @@ def test_random_damage_is_read_as_protobuf_reads_it():
             place = chance.randrange(len(data) + 1)
             data[place : place + chance.randrange(2)] = chance.randbytes(chance.randrange(2))
         assert same(bytes(data))
+
+
+@pytest.mark.parametrize("field", ["inputs", "outputs", "raw_input_contents"])
+@pytest.mark.parametrize("odd", [b"", b"\xfa\x01\x01x"], ids=["ours", "protobuf's"])
+def test_a_request_has_so_many_fields_at_most(field, odd):
+    """Whoever reads it: a message of nothing but small fields is refused before objects are made of them."""
+    tag = bytes([pb.ModelInferRequest.DESCRIPTOR.fields_by_name[field].number << 3 | 2])
+
+    envelope.parse_request(odd + (tag + b"\0") * envelope.MAX_FIELDS)
+    with pytest.raises(BadInput, match="more than 4096 tensors and parameters"):
+        envelope.parse_request(odd + (tag + b"\0") * (envelope.MAX_FIELDS + 1))
+
+
+def test_only_what_takes_little_memory_is_kept():
+    """An envelope of many tensors that say nothing is small only while it is bytes."""
+    few, many = (pb.ModelInferRequest(inputs=[{}] * count).SerializeToString() for count in (64, 65))
+
+    assert envelope.parse_request(few).envelope is envelope.parse_request(few).envelope
+    assert envelope.parse_request(many).envelope is not envelope.parse_request(many).envelope
 
 
 def test_tensors_lie_where_the_machine_may_expect_them():

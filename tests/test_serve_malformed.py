@@ -109,6 +109,13 @@ def with_parameter(key, place="request", message=None, **choice):
     return message
 
 
+def with_parameters(place):
+    message = request()
+    for number in range(1025):
+        with_parameter(f"mine {number}", place, message, int64_param=1)
+    return message
+
+
 def in_shared_memory(place="input", message=None, name="r", size=8):
     message = with_parameter("shared_memory_region", place, message, string_param=name)
     return with_parameter("shared_memory_byte_size", place, message, int64_param=size)
@@ -353,6 +360,22 @@ MALFORMED = {
     ),
     "classes of truth values": (classes_of("flags", "BOOL", b"\0\1"), INVALID, "output 'y' is BOOL; 'classification'"),
     "classes of texts": (classes_of("words", "BYTES", ELEMENT * 2), INVALID, "output 'y' is BYTES; 'classification'"),
+    "tensors without end": (request(raw=[b""] * 5000), INVALID, "more than 4096 tensors and parameters"),
+    "parameters without end": (
+        with_parameters("input"),
+        INVALID,
+        "input 'x' has 1025 parameters; expected at most 1024",
+    ),
+    "request parameters without end": (
+        with_parameters("request"),
+        INVALID,
+        "the request has 1025 parameters; expected at most 1024",
+    ),
+    "axes without end": (
+        request(shape=[1] * 65),
+        INVALID,
+        "input 'x' has 65 axes; expected [-1, 2]",
+    ),
     "output parameter without value": (
         with_parameter("mine", "output"),
         INVALID,
