@@ -30,14 +30,23 @@ class Spare:
             with self._lock:
                 first, self._asked = not self._asked, True
             if first:
-                threading.Thread(target=self._begin, name=f"spare-{self._name}", daemon=True).start()
+                self._begin()
         return self._session
 
     def _begin(self) -> None:
         try:
+            threading.Thread(target=self._fill, name=f"spare-{self._name}", daemon=True).start()
+        except RuntimeError as error:  # the system has no thread left; whoever asks has a request in its hands
+            self._none(error)
+
+    def _fill(self) -> None:
+        try:
             self._session = self._make()
         except (EdgewardError, OSError, MemoryError) as error:
-            log.warning("runs one at a time", model=self._name, because=str(error) or "no memory is left")
+            self._none(error)
         else:
             log.info("runs side by side", model=self._name)
             trim_memory()  # the bytes that the session was made of, and what the runtime packed anew
+
+    def _none(self, error: Exception) -> None:
+        log.warning("runs one at a time", model=self._name, because=str(error) or "no memory is left")

@@ -65,6 +65,21 @@ def test_one_that_cannot_be_made_is_told_once():
     assert told == ["there is no such file"]
 
 
+def test_one_that_no_thread_can_make_is_told_once(monkeypatch):
+    """Whoever asks has requests in its hands, and answers them with the session that there is."""
+
+    def none_left(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    spare = Spare("m", lambda: "session")
+
+    with captured() as logs:
+        assert [spare.get(), spare.get()] == [None, None]
+
+    assert [each["because"] for each in logs if each.get("model") == "m"] == ["can't start new thread"]
+
+
 @pytest.fixture
 def dense(tmp_path):
     """A graph with enough to do for requests to meet: float32 (256, 512) through two dense layers."""
