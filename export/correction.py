@@ -1,10 +1,12 @@
-"""Bias correction: int8 moves the mean of each channel; what it moves is taken back from the bias.
+"""What int8 moves in each channel, put right by its scale and its bias, at no cost when it runs.
 
-Nagel et al. 2019, Data-free quantization through weight equalization and bias correction, section 4.2, in the empirical
-form: both means are measured on calibration examples.
+Nagel et al. 2019, Data-free quantization through weight equalization and bias correction, section 4.2, takes the mean
+error of a channel back from its bias, by calibration examples in the empirical form. Here the scale of the channel's
+weights is corrected as well: both are those of the regression of what fp32 gives on what int8 gives, so that the
+squared error is the least that they can leave. On EfficientNet-Lite0 that halves the KL divergence once more.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,24 +16,51 @@ from onnx import numpy_helper
 from bundle import preprocess
 from bundle.manifest import Input
 from bundle.session import Session
+from export.nodes import drop_unused, taken
 from export.placement import HEAVY
-from export.ranges import with_outputs
 
 EXAMPLES = 32
+STEEPEST = 2.0  # a scale is multiplied or divided by no more: a channel that hardly varies says little of its slope
 
 
 @dataclass(frozen=True)
-class _Bias:
-    """The constant that a heavy node adds, and the scale of its integers; 1 where it is in fp32."""
+class _Layer:
+    """What of a heavy node can be corrected; the tensors are those of the graph.
 
-    tensor: onnx.TensorProto
-    scale: np.ndarray
+    Attributes:
+        bias: the constant that it adds, int32 in int8.
+        bias_scale: of its integers; none in fp32.
+        scales: of its weights, one for each channel that it gives; none where there are others, or none.
+    """
+
+    bias: onnx.TensorProto
+    bias_scale: onnx.TensorProto | None
+    scales: onnx.TensorProto | None
+
+    @property
+    def tensors(self) -> list[onnx.TensorProto]:
+        return [each for each in (self.bias, self.bias_scale, self.scales) if each is not None]
+
+
+@dataclass(frozen=True)
+class _Channels:
+    """What int8 gives and what fp32 gives, float64 (C,), over the examples and all positions.
+
+    Attributes:
+        found: mean of int8.
+        wanted: mean of fp32.
+        slope: of the regression of fp32 on int8.
+    """
+
+    found: np.ndarray
+    wanted: np.ndarray
+    slope: np.ndarray
 
 
 def corrected(
     quantized: bytes, prepared: bytes, spec: Input, rows: Sequence[np.ndarray], *, known: bytes | None = None
 ) -> bytes:
-    """Static int8 whose heavy nodes give the fp32 graph's mean, channel by channel.
+    """Static int8 whose heavy nodes give what those of the fp32 graph give, as nearly as scales and biases can.
 
     One layer after the other, as a corrected one moves those behind it: all at once they would be corrected for the
     same error again and again. It takes as many runs over the examples as there are layers.
@@ -41,71 +70,111 @@ def corrected(
         prepared: fp32.
         spec: of its input.
         rows: preprocessed training examples, of which EXAMPLES are used.
-        known: the same model, corrected, with more layers in int8. Its biases are taken where the layer is as it is
+        known: the same model, corrected, with more layers in int8. What it has is taken where the layer is as it is
             there: layers in front of it give the same means in both.
     """
     model = onnx.load_from_string(quantized)
-    biases = _biases(model)
+    layers = _layers(model)
     if known is not None:
-        biases = _unlike(biases, _biases(onnx.load_from_string(known)))
-    rows = rows[:EXAMPLES]
-    wanted = _means(prepared, spec, rows, biases)
-    for name, bias in biases.items():
-        found = _means(bytes(model.SerializeToString()), spec, rows, (name,))
-        _add(bias, wanted[name] - found[name])
+        layers = _unlike(layers, _layers(onnx.load_from_string(known)))
+    for name, layer in layers.items():
+        _correct(layer, _compared(bytes(model.SerializeToString()), prepared, spec, rows[:EXAMPLES], name))
     return bytes(model.SerializeToString())
 
 
-def _unlike(biases: Mapping[str, _Bias], known: Mapping[str, _Bias]) -> dict[str, _Bias]:
+def _unlike(layers: Mapping[str, _Layer], known: Mapping[str, _Layer]) -> dict[str, _Layer]:
     """Those of which nothing is known; the others become what is known of them."""
     left = {}
-    for name, bias in biases.items():
-        like = known.get(name)
-        if like is None or (like.tensor.data_type, like.tensor.dims) != (bias.tensor.data_type, bias.tensor.dims):
-            left[name] = bias
+    for name, layer in layers.items():
+        mine, theirs = layer.tensors, known[name].tensors if name in known else []
+        if [(each.data_type, *each.dims) for each in mine] == [(each.data_type, *each.dims) for each in theirs]:
+            for one, other in zip(mine, theirs, strict=True):
+                one.CopyFrom(other)
         else:
-            bias.tensor.CopyFrom(like.tensor)
+            left[name] = layer
     return left
 
 
-def _add(bias: _Bias, change: np.ndarray) -> None:
-    values = numpy_helper.to_array(bias.tensor)
-    moved = values + change.reshape(values.shape) / bias.scale
-    if values.dtype == np.int32:
-        moved = np.clip(np.rint(moved), np.iinfo(np.int32).min, np.iinfo(np.int32).max)
-    bias.tensor.CopyFrom(numpy_helper.from_array(moved.astype(values.dtype), bias.tensor.name))
+def _correct(layer: _Layer, channels: _Channels) -> None:
+    factor = np.ones_like(channels.slope)
+    if layer.scales is not None:
+        scales = numpy_helper.to_array(layer.scales)
+        if scales.shape == channels.slope.shape:
+            factor = channels.slope
+            _set(layer.scales, scales * factor)
+    bias = numpy_helper.to_array(layer.bias)
+    moved = (channels.wanted - factor * channels.found).reshape(bias.shape)
+    if layer.bias_scale is None:
+        _set(layer.bias, bias + moved)
+        return
+    scale = numpy_helper.to_array(layer.bias_scale) * (factor if layer.bias_scale.dims else 1)
+    _set(layer.bias_scale, scale)
+    integers = np.rint(bias + moved / np.maximum(scale, np.finfo(np.float32).tiny))
+    _set(layer.bias, np.clip(integers, np.iinfo(np.int32).min, np.iinfo(np.int32).max))
 
 
-def _means(graph: bytes, spec: Input, rows: Sequence[np.ndarray], names: Collection[str]) -> dict[str, np.ndarray]:
-    """Mean of each output channel of these nodes, float64 (C,), over the examples and all positions."""
-    nodes = {node.name: node for node in onnx.load_from_string(graph).graph.node if node.name in names}
-    outputs = {name: node.output[0] for name, node in nodes.items()}
-    session = Session(with_outputs(graph, outputs.values()), device="cpu")
-    sums: dict[str, np.ndarray] = {}
-    counts = dict.fromkeys(names, 0)
+def _set(tensor: onnx.TensorProto, values: np.ndarray) -> None:
+    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    tensor.CopyFrom(numpy_helper.from_array(values.astype(kind), tensor.name))
+
+
+def _compared(quantized: bytes, prepared: bytes, spec: Input, rows: Sequence[np.ndarray], name: str) -> _Channels:
+    """A layer of both graphs on the same examples."""
+    found, wanted = _UpTo(quantized, name), _UpTo(prepared, name)
+    sums, count = np.zeros((4, 1)), 0
     for row in rows:
-        values = session.run(preprocess.collate([row], spec))
-        for name, output in outputs.items():
-            channels = 1 if nodes[name].op_type == "Conv" else -1
-            columns = np.moveaxis(values[output], channels, -1).reshape(-1, values[output].shape[channels])
-            sums[name] = sums.get(name, 0) + columns.sum(axis=0, dtype=np.float64)
-            counts[name] += len(columns)
-    return {name: sums[name] / counts[name] for name in names}
+        feeds = preprocess.collate([row], spec)
+        x, y = found(feeds), wanted(feeds)
+        means = (each.sum(axis=1, dtype=np.float64) for each in (x, y))
+        sums = sums + np.stack([*means, np.einsum("cp,cp->c", x, x), np.einsum("cp,cp->c", x, y)])
+        count += x.shape[1]
+    x, y, xx, xy = sums / count
+    variance, covariance = xx - x * x, xy - x * y
+    slope = np.divide(covariance, variance, out=np.ones_like(x), where=variance > 1e-5 * xx)
+    return _Channels(found=x, wanted=y, slope=np.clip(slope, 1 / STEEPEST, STEEPEST))
 
 
-def _biases(model: onnx.ModelProto) -> Mapping[str, _Bias]:
-    """By heavy node: the bias of a convolution or Gemm that is constant, in int8 or in fp32.
+class _UpTo:
+    """A graph as far as a node, and what that gives: feeds -> float32 (C, positions)."""
+
+    def __init__(self, graph: bytes, name: str) -> None:
+        model = onnx.load_from_string(graph)
+        last = next(node for node in model.graph.node if node.name == name)
+        self._axis = 1 if last.op_type == "Conv" else -1
+        needed, nodes = {last.output[0]}, []
+        for node in reversed(model.graph.node):
+            if not needed.isdisjoint(node.output):
+                nodes.append(node)
+                needed |= taken(node)
+        nodes.reverse()
+        del model.graph.node[:], model.graph.output[:]
+        model.graph.node.extend(nodes)
+        model.graph.output.append(onnx.ValueInfoProto(name=last.output[0]))
+        drop_unused(model.graph)
+        self._output, self._session = last.output[0], Session(bytes(model.SerializeToString()), device="cpu")
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        values = np.moveaxis(self._session.run(feeds)[self._output], self._axis, 0)
+        return values.reshape(len(values), -1)
+
+
+def _layers(model: onnx.ModelProto) -> dict[str, _Layer]:
+    """By heavy node whose bias is constant, in int8 or in fp32, in the order of the graph.
 
     A node in fp32 passes on, and may enlarge, what int8 before it has moved.
     """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     makers = {output: node for node in model.graph.node for output in node.output}
-    found: dict[str, _Bias] = {}
+    readers = [name for node in model.graph.node for name in node.input]
+    found: dict[str, _Layer] = {}
     for node in model.graph.node:
-        if node.op_type not in HEAVY or len(node.input) < 3:
+        if node.op_type not in HEAVY or len(node.input) < 3 or readers.count(node.input[2]) > 1:
             continue
-        values, *rest = makers[node.input[2]].input if node.input[2] in makers else node.input[2:]
-        if values in constants:
-            scale = numpy_helper.to_array(constants[rest[0]]) if rest else np.ones(1)
-            found[node.name] = _Bias(constants[values], scale)
+        bias, weights = makers.get(node.input[2]), makers.get(node.input[1])
+        if bias is None and node.input[2] in constants:
+            found[node.name] = _Layer(constants[node.input[2]], None, None)
+        elif bias is not None and bias.op_type == "DequantizeLinear" and bias.input[0] in constants:
+            own = weights is not None and readers.count(node.input[1]) == 1
+            scales = constants[weights.input[1]] if weights is not None and own else None
+            found[node.name] = _Layer(constants[bias.input[0]], constants[bias.input[1]], scales)
     return found

@@ -26,7 +26,7 @@ class Recipe:
     kind: Kind
     method: Method = "minmax"  # of the ranges of static int8
     per_channel: bool = True
-    corrected: bool = False  # biases, for the mean error of int8
+    corrected: bool = False  # scales and biases, for what int8 moves in each channel
     kept: tuple[str, ...] = ()  # nodes that stay in fp32
 
     @property
@@ -59,7 +59,7 @@ class Recipe:
             case "refit":
                 return "the backbone in static int8, the head fitted to it in fp32"
             case "static":
-                bias = ", biases corrected" if self.corrected else ""
+                bias = ", scales and biases corrected" if self.corrected else ""
                 kept = f", {len(self.kept)} nodes in fp32" if self.kept else ""
                 return (
                     f"weights in int8 per {self._weights}, activations in uint8 with {self.method} ranges{bias}{kept}"

@@ -225,6 +225,26 @@ def test_leftovers_are_counted_between_the_edges():
     assert quantize.leftovers(quantize.int8_static(start, spec, known, kept=branches.nodes)) > every
 
 
+def test_corrected_scales_restore_what_a_channel_gives():
+    """A channel whose weights are a fifth too large gives what it gave, and what is known of it is taken over."""
+    start, spec, rows = prepared()
+    compiled = quantize.int8_static(start, spec, ranges.ranges(statistics(), "minmax"))
+    model = onnx.load_from_string(compiled)
+    scales = next(
+        each for each in model.graph.initializer if "stem" in each.name and each.name.endswith("weight_scale")
+    )
+    before = numpy_helper.to_array(scales)
+    scales.CopyFrom(numpy_helper.from_array((before * 1.2).astype(np.float32), scales.name))
+    wrong = model.SerializeToString()
+    right = quantize.corrected(wrong, start, spec, rows)
+    after = {each.name: numpy_helper.to_array(each) for each in onnx.load_from_string(right).graph.initializer}
+
+    np.testing.assert_allclose(after[scales.name], before, rtol=0.03)
+    off, left = (np.abs(logits(each) - logits(start)).mean() for each in (wrong, right))
+    assert left < off / 3
+    assert quantize.corrected(wrong, start, spec, rows[:1], known=right) == right
+
+
 def test_corrected_biases_restore_the_mean():
     """What rounding of coarse ranges does to the means of the logits is put right again, mostly."""
     start, spec, rows = prepared()
