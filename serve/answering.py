@@ -16,6 +16,8 @@ from serve.service import Metadata, Service
 
 Sent = Callable[[], None]
 
+_LARGE = 1 << 20  # bytes of a request that takes long to read, where every element is an object
+
 _HEALTH = "/grpc.health.v1.Health/"
 
 
@@ -122,14 +124,15 @@ class Answering:
             else:
                 call.finish(work.answer, sent=work.release)
 
-        work = Work(self._service, self._admission, answered, self._step_aside)
+        aside = len(data) > _LARGE and self._step_aside()
+        work = Work(self._service, self._admission, answered, _aside if aside else self._step_aside)
         work.start(parse_request(data), call.metadata, call.deadline)
         if not work.ended:
             call.watch(work.cancel)
 
     def _stream(self, stream: Stream) -> None:
         hold = self._admission.stream()
-        _Inferences(self._service, self._admission, stream, hold.release).read()
+        _Inferences(self._service, self._admission, stream, hold.release, self._step_aside).read()
 
     def _watch(self, stream: Stream) -> None:
         def asked(data: bytes | None) -> None:
@@ -151,8 +154,8 @@ class Answering:
             request = reflection_pb2.ServerReflectionRequest.FromString(data)
             for answer in known.ServerReflectionInfo(iter([request]), None):
                 stream.send(answer.SerializeToString())
-            stream.receive(asked)
 
+        stream.on_sent(lambda: stream.receive(asked))  # to each request there is one answer, which is to be taken first
         stream.receive(asked)
 
 
@@ -215,8 +218,9 @@ class Work:
 
     def cancel(self) -> None:
         """Nobody waits any more: drop it, unless it runs already."""
-        if self._inference is not None:
-            self._inference.cancel()
+        inference = self._inference  # which another thread may forget meanwhile
+        if inference is not None:
+            inference.cancel()
 
     def release(self) -> None:
         """Its bytes are in work no more; those of the answer count as they do until the client has taken it."""
@@ -252,8 +256,16 @@ class Work:
 class _Inferences:
     """A stream of requests: run side by side, answered in their order; an error is a message, or ends the stream."""
 
-    def __init__(self, service: Service, admission: Admission, stream: Stream, ended: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        service: Service,
+        admission: Admission,
+        stream: Stream,
+        ended: Callable[[], None],
+        step_aside: StepAside,
+    ) -> None:
         self._service, self._admission, self._stream, self._ended = service, admission, stream, ended
+        self._step_aside = step_aside
         self._ends = dict(stream.metadata).get(wire.ENDS) == "true"
         self._works: deque[tuple[str, Work]] = deque()
         self._reading = self._more = True
@@ -268,6 +280,8 @@ class _Inferences:
         self._stream.receive(self._received)
 
     def _received(self, data: bytes | None) -> None:
+        if data is not None and len(data) > _LARGE:
+            self._step_aside()
         try:
             request = None if data is None else parse_request(data)
         except Exception as error:
@@ -327,6 +341,11 @@ class _Inferences:
         self._ended()
         for work in left:
             work.cancel()
+
+
+def _aside() -> bool:
+    """This thread has stepped aside."""
+    return True
 
 
 def _stay() -> bool:

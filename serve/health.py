@@ -11,6 +11,8 @@ from serve.errors import UnknownModel
 
 _STATES = health_pb2.HealthCheckResponse
 
+MAX_BYTES = 4096  # of a question; a name that is watched is kept
+
 Tell = Callable[[bytes], None]  # takes a HealthCheckResponse, serialised
 
 
@@ -40,7 +42,7 @@ class Health:
         """The answer to a HealthCheckRequest.
 
         Raises:
-            BadInput: the bytes are no such message.
+            BadInput: the bytes are no such message, or too many.
             UnknownModel: there is no such model.
         """
         name = _name(data)
@@ -56,7 +58,7 @@ class Health:
             To be called when nobody listens any more.
 
         Raises:
-            BadInput: the bytes are no such message.
+            BadInput: the bytes are no such message, or too many.
         """
         name = _name(data)
         with self._lock:
@@ -77,7 +79,14 @@ class Health:
             tell(_answer(state))
 
 
+def too_long() -> BadInput:
+    """The question has more than MAX_BYTES."""
+    return BadInput(f"the name of the service is too long; expected a request of at most {MAX_BYTES} bytes.")
+
+
 def _name(data: bytes) -> str:
+    if len(data) > MAX_BYTES:
+        raise too_long()
     try:
         name: str = health_pb2.HealthCheckRequest.FromString(data).service
     except DecodeError as error:

@@ -17,6 +17,7 @@ from serve import wire
 from serve.admission import Admission
 from serve.config import ServeConfig
 from serve.envelope import Request, parse_request, parser
+from serve.health import MAX_BYTES, too_long
 from serve.security import Tokens
 from serve.service import Metadata, Service, status
 
@@ -88,7 +89,7 @@ class Transport:
 
     async def _listen(self) -> int:
         self._server = grpc.aio.server(options=wire.options(self._config))
-        self._health = health.aio.HealthServicer()
+        self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._server.add_generic_rpc_handlers((self._calls,))
         port = self._bind()
@@ -157,7 +158,12 @@ class Transport:
         async def read() -> None:
             try:
                 async for request in requests:
-                    await started.put((request.id, asyncio.create_task(self._answered(request, metadata, None))))
+                    task = asyncio.create_task(self._answered(request, metadata, None))
+                    try:
+                        await started.put((request.id, task))
+                    except asyncio.CancelledError:
+                        task.cancel()
+                        raise
             finally:
                 await started.put(None)
 
@@ -172,6 +178,17 @@ class Transport:
                     await _dropped(reader, started)
         except Exception as error:
             _failed(error, context, None)
+
+
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+    """Remembers no name that is too long to be one."""
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+        """As grpcio's own."""
+        if request.ByteSize() > MAX_BYTES:
+            _failed(too_long(), context, None)
+        else:
+            await super().Watch(request, context)
 
 
 def _reflection() -> grpc.RpcMethodHandler:

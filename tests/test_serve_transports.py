@@ -10,11 +10,12 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from bundle.log import captured
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
-from serve import completion_queue, logs, pace, scheduler, wire
+from serve import answering, completion_queue, logs, pace, scheduler, wire
 from serve.config import ServeConfig
 from serve.errors import StartError
 from serve.server import start
@@ -199,6 +200,79 @@ def test_a_stream_that_is_given_up_drops_what_waits(server, stub, served, gate):
     until(lambda: failed(served, "cancelled") == 4)
     gate.opened.set()
     until(lambda: idle(server))
+
+
+def test_a_full_stream_that_is_given_up_leaves_nothing_waiting(server, stub, served, gate):
+    """Also the request that was read last, for which there was no place among the others."""
+    call = stub.ModelStreamInfer(iter([echo(i) for i in range(2 * wire.WINDOW)]))
+    gate.began.get(timeout=PATIENCE_S)
+    read = wire.WINDOW if isinstance(server._transport, completion_queue.Transport) else wire.WINDOW + 2
+    until(lambda: server._admission.snapshot().requests == read)
+
+    call.cancel()
+
+    until(lambda: failed(served, "cancelled") == read - 1)
+    gate.opened.set()
+    until(lambda: idle(server))
+    assert gate.began.empty()
+
+
+@pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer"])
+def test_while_a_large_request_is_read_other_calls_are_answered(server, stub, monkeypatch, method):
+    """The thread that takes the events leaves them to the other one; asyncio has one thread for all."""
+    if not isinstance(server._transport, completion_queue.Transport):
+        pytest.skip("one thread")
+    monkeypatch.setattr(answering, "_LARGE", 0)
+    reading, read, begin = threading.Event(), threading.Event(), server._service.begin
+
+    def slow(*arguments):
+        reading.set()
+        assert read.wait(PATIENCE_S)
+        return begin(*arguments)
+
+    monkeypatch.setattr(server._service, "begin", slow)
+    streamed = method == "ModelStreamInfer"
+    ask = stub.ModelStreamInfer if streamed else stub.ModelInfer.future
+    call = ask(iter([echo()]) if streamed else echo(), timeout=PATIENCE_S)
+    assert reading.wait(PATIENCE_S)
+
+    assert stub.ServerReady(pb.ServerReadyRequest(), timeout=PATIENCE_S / 3).ready
+    read.set()
+    assert next(call).infer_response.outputs if streamed else call.result().outputs
+
+
+def test_reflection_reads_a_question_when_its_last_answer_was_taken(server, channel, monkeypatch):
+    """A client that asks and does not read makes the server hold one answer."""
+    unsent = set()
+    if isinstance(server._transport, completion_queue.Transport):
+        send = completion_queue.Stream.send
+
+        def watched(stream, message):
+            unsent.add(stream.unsent)
+            send(stream, message)
+
+        monkeypatch.setattr(completion_queue.Stream, "send", watched)
+    question = reflection_pb2.ServerReflectionRequest(file_containing_symbol=wire.SERVICE.full_name)
+    ask = channel.stream_stream(wire.REFLECTION, reflection_pb2.ServerReflectionRequest.SerializeToString)
+
+    answers = list(ask(iter([question] * 200), timeout=PATIENCE_S))
+
+    assert len(answers) == 200
+    assert len(set(answers)) == 1
+    assert unsent <= {0}
+
+
+def test_health_of_a_name_that_is_too_long_is_not_watched(channel):
+    """Names that are watched are kept, and anybody may watch."""
+    calls = [
+        health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="x" * size), timeout=PATIENCE_S)
+        for size in (4000, 5000)
+    ]
+
+    assert next(calls[0]).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    assert calls[1].code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "at most 4096 bytes" in calls[1].details()
+    calls[0].cancel()
 
 
 def test_health_is_watched(server, channel):
