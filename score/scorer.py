@@ -182,7 +182,8 @@ class Scorer:
             return
         for name, values in got.items():
             logits[name][_places(encoded.rows, picked)] = values
-            for number in np.flatnonzero(~(values < np.inf).all(axis=1)):  # -inf is the logarithm of 0
+            below = values < np.inf  # -inf is the logarithm of 0
+            for number in () if below.all() else np.flatnonzero(~below.all(axis=1)):
                 faults[int(picked[number])] = Fault(FAILED, f"the model gives {name} that are not numbers.")
 
     def _predict(self, rows: Sequence[np.ndarray | None] | np.ndarray, picked: np.ndarray) -> dict[str, np.ndarray]:
