@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+import msgspec
 import numpy as np
 import onnx
 
@@ -24,6 +25,7 @@ from export.target import Target
 from finetune.progress import track
 
 SCREENED = {"fast": 64, "normal": 128, "thorough": 512}  # examples on which each group of layers is tried
+LIKELY = 0.9  # a chance of passing the gate with which there is no looking for a better one
 BATCHES = (1, 8)  # at which what ships is timed
 
 
@@ -162,8 +164,21 @@ class Bench:
     @cached_property
     def can_pass(self) -> bool:
         """Whether the gate split is large enough for a variant that changes no answer to pass."""
-        same = self.judge(self.source.selection, self.source.selection.logits)
-        return gate.chance_of_passing(same, self._scale) >= 0.5
+        return gate.chance_of_passing(self._same, self._scale) >= 0.5
+
+    @cached_property
+    def can_tell(self) -> bool:
+        """Whether the selection split is large enough to see a variant that is likely to pass.
+
+        So few examples that one answer lost and one won leave it in doubt would only choose by luck.
+        """
+        best = [one if one.lost is None else msgspec.structs.replace(one, lost=1, won=1) for one in self._same]
+        return gate.chance_of_passing(best, self._scale) >= LIKELY
+
+    @cached_property
+    def _same(self) -> tuple[GateRecord, ...]:
+        """Of a variant that answers as the reference does."""
+        return self.judge(self.source.selection, self.source.selection.logits)
 
     def harms(self, base: Candidate, groups: Sequence[Group]) -> list[float]:
         """By how much the KL divergence of a quantized candidate falls when one group alone is in fp32, nats."""

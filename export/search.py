@@ -11,7 +11,7 @@ from bundle.host import cpu_count, cpu_name
 from bundle.log import log
 from bundle.manifest import GateRecord
 from export import gate, mixed, placement, proportions, robustness, timing
-from export.bench import BATCHES, BatchLatency, Bench, Candidate
+from export.bench import BATCHES, LIKELY, BatchLatency, Bench, Candidate
 from export.config import ExportConfig, Objective
 from export.ladder import FP32, REFIT, Recipe, ladder, recipe_named
 from export.placement import Group
@@ -21,7 +21,6 @@ from finetune.progress import track
 
 WORTHWHILE = 0.97  # an int8 variant whose latency ratio may be above this is not worth its rounding
 HOPELESS = 5  # budgets
-LIKELY = 0.9  # a chance of passing the gate with which there is no looking for a better one
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,9 @@ def mixed_precision(candidates: Sequence[Candidate], bench: Bench) -> list[Candi
     ]
     base = min(static, key=lambda one: (speed(one, config.optimize), *_accuracy(one)), default=None)
     if base is None or _enough(base, bench):
+        return []
+    if not bench.can_tell:
+        log.info("no mixed precision", because="there are too few examples to choose by", variant=base.name)
         return []
     room_ms = _room_ms(base, candidates, bench)
     if room_ms <= 0:

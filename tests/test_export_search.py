@@ -196,6 +196,15 @@ def test_hopeless_int8_is_not_mixed(checkpoint, tmp_path, monkeypatch):
     assert export_checkpoint(config, timer=clock(1.0, 0.5)).report.shipped == "fp32"
 
 
+def test_too_few_examples_choose_no_layers(checkpoint, tmp_path, monkeypatch):
+    """Where two changed answers leave open whether a variant passes, none is looked for by single layers."""
+    monkeypatch.setattr(search.mixed, "rank", never)
+    monkeypatch.setattr(search, "ladder", lambda *_: (ladder.STATIC,))
+    config = ExportConfig(checkpoint, out=tmp_path / "b", max_drop=2, threads=1, cache=False)
+    report = export_checkpoint(config, timer=clock(1.0, 0.5)).report
+    assert [one.name for one in report.candidates] == ["fp32", "int8-static"]
+
+
 def test_the_page_in_the_bundle_shows_no_example(checkpoint, tmp_path):
     """Flips with what they are lie only where the user asks for them; the bundle's page holds none of the data."""
     config = ExportConfig(
