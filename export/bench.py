@@ -90,8 +90,10 @@ class Candidate:
     @cached_property
     def precision(self) -> Literal["fp32", "fp16", "int8"]:
         """As a manifest names it; a model that was quantized before it came is int8, too."""
-        kind, model = self.recipe.kind, onnx.load_from_string(self.graph)
-        return kind if kind in ("fp32", "fp16") and not is_quantized(model.graph) else "int8"
+        kind = self.recipe.kind
+        if kind not in ("fp32", "fp16") or is_quantized(onnx.load_from_string(self.graph).graph):
+            return "int8"
+        return kind
 
     @cached_property
     def session(self) -> Session:

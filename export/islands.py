@@ -1,13 +1,13 @@
 """Layers in fp32 between layers in int8, and how they stay what they are."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
 from bundle.errors import ModelError
-from export.nodes import constant_values, drop_unused, taken
+from export.nodes import constant_values, prune
 
 _QUANTIZED_AT_LOADING = ("Conv", "ConvTranspose", "Gemm")
 _MOVES = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice")
@@ -22,7 +22,7 @@ def hold_fp32(model: onnx.ModelProto) -> None:
     channel; so their inputs get one, the same for all.
 
     Args:
-        model: QDQ, with the shapes of its tensors.
+        model: QDQ, with the shapes of its tensors, its nodes behind those that they read.
 
     Raises:
         ModelError: how many channels such an input has is not known.
@@ -30,8 +30,8 @@ def hold_fp32(model: onnx.ModelProto) -> None:
     graph = model.graph
     known = constant_values(graph)
     makers = {output: node for node in graph.node for output in node.output}
-    dequantized: dict[str, onnx.NodeProto] = {}  # by the conversion that is replaced
-    for node in list(graph.node):
+    replaced: dict[str, onnx.NodeProto] = {}  # by the output of the conversion that it stands for
+    for node in graph.node:
         if node.op_type not in _QUANTIZED_AT_LOADING or node.input[1] not in known:
             continue
         reader, maker = node, makers.get(node.input[0])
@@ -39,12 +39,15 @@ def hold_fp32(model: onnx.ModelProto) -> None:
             reader, maker = maker, makers.get(maker.input[0])
         if maker is None or maker.op_type != "DequantizeLinear" or known[maker.input[1]].size != 1:
             continue
-        if maker.name not in dequantized:
+        (value,) = maker.output
+        if value not in replaced:
             channels = _channels(model, makers[maker.input[0]].input[0], node)
-            dequantized[maker.name] = _by_channel(graph, maker, channels)
-            graph.node.append(dequantized[maker.name])
-        reader.input[0] = dequantized[maker.name].output[0]
-    _drop_unread(graph, dequantized)
+            replaced[value] = _by_channel(graph, maker, [known[name] for name in maker.input[1:]], channels)
+        reader.input[0] = replaced[value].output[0]
+    nodes = [each for node in graph.node for each in (node, replaced.get(node.output[0])) if each is not None]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    prune(graph)
 
 
 def _channels(model: onnx.ModelProto, tensor: str, node: onnx.NodeProto) -> int:
@@ -55,21 +58,12 @@ def _channels(model: onnx.ModelProto, tensor: str, node: onnx.NodeProto) -> int:
     raise ModelError(f"{node.op_type} {node.name!r} cannot stay in fp32: the shape of tensor {tensor!r} is not known.")
 
 
-def _by_channel(graph: onnx.GraphProto, scalar: onnx.NodeProto, channels: int) -> onnx.NodeProto:
+def _by_channel(
+    graph: onnx.GraphProto, scalar: onnx.NodeProto, parameters: Sequence[np.ndarray], channels: int
+) -> onnx.NodeProto:
     """The same conversion with a scale and a zero point for each channel."""
-    known = constant_values(graph)
-    name, (quantized, *parameters) = f"{scalar.name}_by_channel", scalar.input
+    name = f"{scalar.output[0]}_by_channel"
     vectors = [f"{name}_{kind}" for kind in ("scales", "zero_points")]
     for parameter, vector in zip(parameters, vectors, strict=True):
-        values = np.full(channels, known[parameter].reshape(()))
-        graph.initializer.append(numpy_helper.from_array(values, vector))
-    return helper.make_node("DequantizeLinear", [quantized, *vectors], [name], name, axis=1)
-
-
-def _drop_unread(graph: onnx.GraphProto, names: Collection[str]) -> None:
-    """Remove those of these nodes that nothing reads any more: the runtime would run them all the same."""
-    read = {value.name for value in graph.output}.union(*(taken(node) for node in graph.node))
-    nodes = [node for node in graph.node if node.name not in names or not read.isdisjoint(node.output)]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    drop_unused(graph)
+        graph.initializer.append(numpy_helper.from_array(np.full(channels, parameter.reshape(())), vector))
+    return helper.make_node("DequantizeLinear", [scalar.input[0], *vectors], [name], name, axis=1)

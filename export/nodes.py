@@ -46,6 +46,22 @@ def is_quantized(graph: onnx.GraphProto) -> bool:
     )
 
 
+def prune(graph: onnx.GraphProto) -> None:
+    """Forget the nodes and initializers that no output needs, which the runtime would run all the same.
+
+    Args:
+        graph: its nodes stand behind those that they read.
+    """
+    needed, nodes = {value.name for value in graph.output}, []
+    for node in reversed(graph.node):
+        if not needed.isdisjoint(node.output):
+            nodes.append(node)
+            needed |= taken(node)
+    del graph.node[:]
+    graph.node.extend(reversed(nodes))
+    drop_unused(graph)
+
+
 def drop_unused(graph: onnx.GraphProto) -> None:
     """Forget the initializers that nothing reads."""
     used = {value.name for value in graph.output}.union(*(taken(node) for node in graph.node))

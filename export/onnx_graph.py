@@ -15,7 +15,7 @@ from bundle.manifest import ImageInput, Input, TextInput
 from bundle.session import Session
 from bundle.tensor import NUMPY_TYPES, TensorSpec
 from export.graph import MAX_BYTES
-from export.nodes import subgraphs
+from export.nodes import prune, subgraphs
 
 FLOOR = 1e-30  # least probability of which a logarithm is taken
 _STANDARD = ("", "ai.onnx.ml")
@@ -239,7 +239,7 @@ def compiled(
         if as_they_are.get(head.value) != name:
             _append(graph, head.steps or [("Identity", {}, None)], renames.get(head.value, head.value), name)
         graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", head.columns]))
-    _prune(graph)
+    prune(graph)
     del graph.input[:], graph.value_info[:]  # stale
     graph.input.extend(_declared(tensor) for tensor in inputs)
     result.ir_version = max(result.ir_version, 4)  # before it every weight was an input, too
@@ -279,20 +279,6 @@ def _append(graph: onnx.GraphProto, steps: Sequence[_Step], value: str, name: st
         node = helper.make_node(operator, inputs, [value], f"{name}/{operator}")
         node.attribute.extend(helper.make_attribute(key, number) for key, number in attributes.items())
         graph.node.append(node)
-
-
-def _prune(graph: onnx.GraphProto) -> None:
-    needed = {value.name for value in graph.output}
-    for place in reversed(range(len(graph.node))):
-        node = graph.node[place]
-        if needed.isdisjoint(node.output):
-            del graph.node[place]
-            continue
-        needed |= {*node.input, *(name for inner in subgraphs(node) for name in _values(inner))}
-        needed |= {value.name for inner in subgraphs(node) for value in inner.output}
-    for place in reversed(range(len(graph.initializer))):
-        if graph.initializer[place].name not in needed:
-            del graph.initializer[place]
 
 
 def _declared(tensor: TensorSpec) -> onnx.ValueInfoProto:

@@ -113,25 +113,35 @@ def int8_static(
             raise ModelError(_NO_PRODUCT)
         return bytes(model.SerializeToString())
     with _mapped():
-        quantizer = QDQQuantizer(
-            model,
-            per_channel,
-            False,
-            ort_quantization.QuantType.QInt8,
-            ort_quantization.QuantType.QInt8 if signed else ort_quantization.QuantType.QUInt8,
-            TensorsData(
-                ort_quantization.CalibrationMethod.MinMax, {name: _tensor_data(*known[name]) for name in wanted}
-            ),
-            [node.name for node in nodes],
-            [],
-            list(CONVOLUTIONAL),
-            {},
-        )
-        quantizer.quantize_model()
+        found = {name: known[name] for name in wanted}
+        model = _with_conversions(model, [node.name for node in nodes], found, per_channel=per_channel, signed=signed)
         if not qdq:
-            hold_fp32(quantizer.model.model)
-        quantizer.model.topological_sort()  # conversions are appended
-        return bytes(quantizer.model.model.SerializeToString())
+            hold_fp32(model)
+        return bytes(model.SerializeToString())
+
+
+def _with_conversions(
+    model: onnx.ModelProto, nodes: Sequence[str], known: Ranges, *, per_channel: bool, signed: bool
+) -> onnx.ModelProto:
+    """QDQ of these nodes, by the ranges of what they take and give."""
+    quantizer = QDQQuantizer(
+        model,
+        per_channel,
+        False,
+        ort_quantization.QuantType.QInt8,
+        ort_quantization.QuantType.QInt8 if signed else ort_quantization.QuantType.QUInt8,
+        TensorsData(
+            ort_quantization.CalibrationMethod.MinMax, {name: _tensor_data(*each) for name, each in known.items()}
+        ),
+        nodes,
+        [],
+        list(CONVOLUTIONAL),
+        {},
+    )
+    quantizer.quantize_model()
+    quantizer.model.topological_sort()  # it appends its conversions
+    converted: onnx.ModelProto = quantizer.model.model
+    return converted
 
 
 def int8_minmax(graph: bytes, spec: Input, rows: Sequence[np.ndarray]) -> bytes:
