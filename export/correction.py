@@ -38,10 +38,6 @@ class _Layer:
     bias_scale: onnx.TensorProto | None
     scales: onnx.TensorProto | None
 
-    @property
-    def tensors(self) -> list[onnx.TensorProto]:
-        return [each for each in (self.bias, self.bias_scale, self.scales) if each is not None]
-
 
 @dataclass(frozen=True)
 class _Channels:
@@ -58,9 +54,7 @@ class _Channels:
     slope: np.ndarray
 
 
-def corrected(
-    quantized: bytes, prepared: bytes, spec: Input, rows: Sequence[np.ndarray], *, known: bytes | None = None
-) -> bytes:
+def corrected(quantized: bytes, prepared: bytes, spec: Input, rows: Sequence[np.ndarray]) -> bytes:
     """Static int8 whose heavy nodes give what those of the fp32 graph give, as nearly as scales and biases can.
 
     One layer after the other, as a corrected one moves those behind it: all at once they would be corrected for the
@@ -71,29 +65,11 @@ def corrected(
         prepared: fp32.
         spec: of its input.
         rows: preprocessed training examples, of which EXAMPLES are used.
-        known: the same model, corrected, with more layers in int8. What it has is taken where the layer is as it is
-            there: layers in front of it give the same means in both.
     """
     model = onnx.load_from_string(quantized)
-    layers = _layers(model)
-    if known is not None:
-        layers = _unlike(layers, _layers(onnx.load_from_string(known)))
-    for name, layer in layers.items():
+    for name, layer in _layers(model).items():
         _correct(layer, _compared(bytes(model.SerializeToString()), prepared, spec, rows[:EXAMPLES], name))
     return bytes(model.SerializeToString())
-
-
-def _unlike(layers: Mapping[str, _Layer], known: Mapping[str, _Layer]) -> dict[str, _Layer]:
-    """Those of which nothing is known; the others become what is known of them."""
-    left = {}
-    for name, layer in layers.items():
-        mine, theirs = layer.tensors, known[name].tensors if name in known else []
-        if [(each.data_type, *each.dims) for each in mine] == [(each.data_type, *each.dims) for each in theirs]:
-            for one, other in zip(mine, theirs, strict=True):
-                one.CopyFrom(other)
-        else:
-            left[name] = layer
-    return left
 
 
 def _correct(layer: _Layer, channels: _Channels) -> None:

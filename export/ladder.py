@@ -1,7 +1,7 @@
 """The candidates: ways to compile the fp32 graph, from what helps most often to what helps rarely."""
 
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Literal
 
 import onnx
@@ -123,7 +123,6 @@ class Compiler:
             qdq: whether static int8 is QDQ for all inputs, as suits TensorRT.
         """
         self._source, self._signed, self._qdq = source, signed, qdq
-        self._whole = cache(self.compile)  # what is corrected once for all that keep some of its layers in fp32
 
     @cached_property
     def prepared(self) -> bytes:
@@ -187,6 +186,5 @@ class Compiler:
                     qdq=self._qdq,
                 )
                 if recipe.corrected:
-                    known = self._whole(replace(recipe, kept=())) if recipe.kept else None
-                    compiled = quantize.corrected(compiled, start, source.spec, source.calibration, known=known)
+                    compiled = quantize.corrected(compiled, start, source.spec, source.calibration)
                 return quantized_embeddings(compiled)

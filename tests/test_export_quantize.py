@@ -226,7 +226,7 @@ def test_leftovers_are_counted_between_the_edges():
 
 
 def test_corrected_scales_restore_what_a_channel_gives():
-    """A channel whose weights are a fifth too large gives what it gave, and what is known of it is taken over."""
+    """A channel whose weights are a fifth too large gives what it gave."""
     start, spec, rows = prepared()
     compiled = quantize.int8_static(start, spec, ranges.ranges(statistics(), "minmax"))
     model = onnx.load_from_string(compiled)
@@ -242,7 +242,6 @@ def test_corrected_scales_restore_what_a_channel_gives():
     np.testing.assert_allclose(after[scales.name], before, rtol=0.03)
     off, left = (np.abs(logits(each) - logits(start)).mean() for each in (wrong, right))
     assert left < off / 3
-    assert quantize.corrected(wrong, start, spec, rows[:1], known=right) == right
 
 
 def test_corrected_biases_restore_the_mean():
