@@ -119,3 +119,39 @@ def image_bundle(image_checkpoint, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("bundles") / "digits"
     config = ExportConfig(image_checkpoint, out=out, variant="int8-static", max_drop=20)
     return export_checkpoint(config).bundle
+
+
+@pytest.fixture
+def schedule():
+    """Makes schedulers, and closes them."""
+    from serve.scheduler import Policy, Scheduler
+    from serve.statistics import Statistics
+    from tests.scheduling import PATIENCE_S
+
+    made = []
+
+    def make(model, **policy):
+        scheduler = Scheduler(model, Policy(**policy), statistics := Statistics())
+        made.append((model, scheduler))
+        scheduler.snapshot = statistics.snapshot
+        return scheduler
+
+    yield make
+    for model, scheduler in made:
+        model.let_go()
+        assert scheduler.close(PATIENCE_S)
+
+
+@pytest.fixture
+def busy(schedule):
+    """Makes schedulers whose one instance is in a run, and the run's model."""
+    from tests.scheduling import Asked, Doubler
+
+    def make(**policy):
+        model = Doubler(blocked=True)
+        scheduler = schedule(model, **policy)
+        Asked(0, key=None).by(scheduler)
+        model.await_run()
+        return model, scheduler
+
+    return make

@@ -1,4 +1,3 @@
-import math
 import random
 import sys
 import threading
@@ -11,105 +10,9 @@ import numpy as np
 import pytest
 
 from bundle.errors import BadInput
-from serve.errors import Cancelled, Closed, DeadlineExceeded, QueueFull, TimedOut
-from serve.scheduler import Job, Policy, Scheduler
-from serve.statistics import Statistics
-
-PATIENCE_S = 30  # after which a test has failed; none waits for that long
-
-
-class Doubler:
-    """Doubles; what is below zero cannot be decoded, the run fails with a 13 and the encoder with a 26."""
-
-    name = "doubler"
-
-    def __init__(self, *, blocked=False):
-        self.blocked = blocked
-        self.runs = []
-        self.sizes = []
-        self.threads = []
-        self.entered = threading.Semaphore(0)
-        self._gate = threading.Semaphore(0)
-
-    def decode(self, arrays):
-        value = int(arrays["x"][0])
-        if value < 0:
-            raise BadInput(f"{value} is below 0")
-        return value
-
-    def run(self, decoded, size):
-        self.runs.append(list(decoded))
-        self.sizes.append(size)
-        self.threads.append(threading.current_thread())
-        self.entered.release()
-        if self.blocked:
-            assert self._gate.acquire(timeout=PATIENCE_S)
-        if 13 in decoded:
-            raise RuntimeError("13")
-        return [2 * value for value in decoded]
-
-    def encode(self, result):
-        if result == 52:
-            raise RuntimeError("52")
-        return {"y": np.array([result])}
-
-    def await_run(self):
-        """Return when one more run has begun."""
-        assert self.entered.acquire(timeout=PATIENCE_S)
-
-    def let_go(self):
-        """Let all runs end, now and from now on."""
-        self.blocked = False
-        self._gate.release(1000)
-
-
-class Asked:
-    """A job and its outcome."""
-
-    def __init__(self, value, *, rows=1, key="any", **options):
-        self.outcome = Future()
-        self.job = Job({"x": np.full(rows, value)}, rows, key, self.outcome.set_result, **options)
-
-    def by(self, scheduler):
-        scheduler.submit(self.job)
-        return self
-
-    def answer(self):
-        outcome = self.outcome.result(PATIENCE_S)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return int(outcome["y"][0])
-
-
-@pytest.fixture
-def schedule():
-    """Makes schedulers, and closes them."""
-    made = []
-
-    def make(model, **policy):
-        scheduler = Scheduler(model, Policy(**policy), statistics := Statistics())
-        made.append((model, scheduler))
-        scheduler.snapshot = statistics.snapshot
-        return scheduler
-
-    yield make
-    for model, scheduler in made:
-        model.let_go()
-        assert scheduler.close(PATIENCE_S)
-
-
-@pytest.fixture
-def busy(schedule):
-    """Makes schedulers whose one instance is in a run, and the run's model."""
-
-    def make(**policy):
-        model = Doubler(blocked=True)
-        scheduler = schedule(model, **policy)
-        Asked(0, key=None).by(scheduler)
-        model.await_run()
-        return model, scheduler
-
-    return make
+from serve.errors import Cancelled, Closed, QueueFull, TimedOut
+from serve.scheduler import Job, Policy
+from tests.scheduling import PATIENCE_S, Asked, Doubler
 
 
 def test_a_request_is_answered(schedule):
@@ -210,35 +113,6 @@ def test_runs_are_padded_to_the_next_size(busy):
     assert model.sizes == [None, 2, 4, None, None]
 
 
-def test_instances_run_at_the_same_time(schedule):
-    """Two instances are in two runs at once, and a third request waits."""
-    model = Doubler(blocked=True)
-    scheduler = schedule(model, instances=2)
-    asked = [Asked(value).by(scheduler) for value in (1, 2, 3)]
-    model.await_run()
-    model.await_run()
-
-    assert (scheduler.running, scheduler.pending) == (2, 1)
-
-    model.let_go()
-    assert [each.answer() for each in asked] == [2, 4, 6]
-
-
-def test_what_is_left_is_run_by_another_instance(schedule):
-    """A request that ends the wait of a batch that it cannot join runs beside it, not after it."""
-    model = Doubler(blocked=True)
-    scheduler = schedule(model, instances=2, max_batch=4, max_delay_s=10_000)
-    asked = [Asked(1).by(scheduler)]
-    assert Asked(0).by(schedule(Doubler(), max_batch=2, max_delay_s=0.02)).answer() == 0  # now both threads wait
-    asked.append(Asked(2, rows=4).by(scheduler))
-
-    model.await_run()
-    model.await_run()
-
-    model.let_go()
-    assert [each.answer() for each in asked] == [2, 4]
-
-
 def test_higher_priority_runs_first(busy):
     """1 is the highest; who asks for none has the default; on one level the order is that of arrival."""
     model, scheduler = busy(levels=3, default_level=2)
@@ -266,67 +140,6 @@ def test_without_levels_priority_means_nothing(schedule):
     assert Asked(1, level=7).by(schedule(Doubler())).answer() == 2
 
 
-@pytest.mark.parametrize(
-    ("policy", "own"),
-    [
-        ({"timeout_s": 0.01}, None),
-        ({"timeout_s": 0.01}, 1000.0),
-        ({"timeout_s": 1000.0}, 0.01),
-        ({}, 0.01),
-        ({"timeout_s": 0.01, "timeout_override": False}, 1000.0),
-    ],
-)
-def test_a_queue_timeout_is_noticed_while_the_model_runs(busy, policy, own):
-    """The shorter of the policy's and the request's own timeout holds, and nothing needs to end for it."""
-    model, scheduler = busy(**policy)
-
-    with pytest.raises(TimedOut, match="Request timeout expired"):
-        Asked(1, timeout_s=own).by(scheduler).answer()
-
-    assert model.blocked
-    assert scheduler.pending == 0
-    assert scheduler.snapshot().failures["timeout"] == 1
-
-
-def test_a_request_cannot_lengthen_or_add_a_timeout_that_is_not_its_to_set(busy):
-    """Without the override its own timeout is not looked at."""
-    model, scheduler = busy(timeout_override=False)
-    asked = Asked(1, timeout_s=1e-6).by(scheduler)
-    with pytest.raises(TimedOut):  # of another model, later than 1 µs
-        Asked(1, timeout_s=0.01).by(busy()[1]).answer()
-
-    model.let_go()
-
-    assert asked.answer() == 2
-
-
-def test_an_earlier_deadline_is_noticed_before_a_later_one(busy):
-    """Whoever sleeps for the first deadline wakes for one that came later and ends earlier."""
-    _, scheduler = busy()
-    later = Asked(1, deadline=time.monotonic() + 1000).by(scheduler)
-    with pytest.raises(TimedOut):  # so it is slept for
-        Asked(2, timeout_s=0.01).by(scheduler).answer()
-
-    with pytest.raises(DeadlineExceeded, match="nothing was run"):
-        Asked(3, deadline=time.monotonic() + 0.01).by(scheduler).answer()
-
-    assert not later.outcome.done()
-
-
-def test_what_timed_out_may_be_delayed_instead(busy):
-    """It runs after all that have not timed out, and before what is on a lower level."""
-    model, scheduler = busy(levels=2, default_level=1, delays_timed_out=True)
-    delayed = Asked(1, timeout_s=0.001).by(scheduler)
-    others = [Asked(2).by(scheduler), Asked(3, level=2).by(scheduler)]
-    with pytest.raises(DeadlineExceeded):  # later than the timeout
-        Asked(4, timeout_s=0.001, deadline=time.monotonic() + 0.02).by(scheduler).answer()
-
-    model.let_go()
-
-    assert [each.answer() for each in [delayed, *others]] == [2, 4, 6]
-    assert model.runs == [[0], [2], [1], [3]]
-
-
 def test_levels_may_have_policies_of_their_own(busy):
     """The length of the queue and its timeout are those of the level."""
     single = {2: Policy(max_queue=1), 3: Policy(timeout_s=0.01)}
@@ -342,89 +155,6 @@ def test_levels_may_have_policies_of_their_own(busy):
     assert [each.answer() for each in asked] == [2, 4, 6]
 
 
-def test_expired_work_never_reaches_the_model(schedule):
-    """A request whose deadline has passed already is dropped, whoever gets to it first, and counted."""
-    model = Doubler()
-    scheduler = schedule(model)
-    inline = Asked(1, deadline=time.monotonic())
-    assert scheduler.try_inline(inline.job, lambda: True)
-    queued = Asked(2, deadline=time.monotonic()).by(scheduler)
-
-    for each in (inline, queued):
-        with pytest.raises(DeadlineExceeded):
-            each.answer()
-
-    assert Asked(3).by(scheduler).answer() == 6
-    assert model.runs == [[3]]
-    assert scheduler.snapshot().failures["deadline"] == 2
-
-
-def test_a_deadline_that_passes_while_decoding_drops_the_request_alone(busy):
-    """What is late after decoding is not part of the run; its neighbours are."""
-    model, scheduler = busy(max_batch=4)
-    late, well = Asked(1, deadline=time.monotonic() + 1000), Asked(2)
-    decode = model.decode
-
-    def slow_decode(arrays):
-        late.job.deadline = 0.0  # as if it had taken that long
-        return decode(arrays)
-
-    model.decode = slow_decode
-    late.by(scheduler)
-    well.by(scheduler)
-
-    model.let_go()
-
-    assert well.answer() == 4
-    with pytest.raises(DeadlineExceeded):
-        late.answer()
-    assert model.runs == [[0], [2]]
-
-
-@pytest.mark.parametrize("options", [{"deadline": math.inf}, {"deadline": 1e300}, {"timeout_s": 2**63 / 1e6}])
-def test_times_that_no_clock_will_reach_are_no_limit(busy, options):
-    """Requests with absurd deadlines and timeouts are answered, and the others' are still noticed."""
-    model, scheduler = busy()
-    asked = Asked(1, **options).by(scheduler)
-    with pytest.raises(TimedOut):
-        Asked(2, timeout_s=0.01).by(scheduler).answer()
-
-    model.let_go()
-
-    assert asked.answer() == 2
-
-
-def test_a_request_that_waits_can_be_cancelled(busy):
-    """It ends at once, is counted, and its neighbours run without it; once is enough."""
-    model, scheduler = busy(max_batch=4)
-    asked = [Asked(value).by(scheduler) for value in (1, 2, 3)]
-    for _ in range(2):
-        scheduler.cancel(asked[1].job)
-
-    with pytest.raises(Cancelled):
-        asked[1].answer()
-
-    model.let_go()
-    assert (asked[0].answer(), asked[2].answer()) == (2, 6)
-    assert model.runs == [[0], [1, 3]]
-    assert scheduler.snapshot().failures["cancelled"] == 1
-
-
-def test_a_request_that_runs_or_has_ended_is_not_cancelled(schedule):
-    """Then cancelling does nothing."""
-    model = Doubler(blocked=True)
-    scheduler = schedule(model)
-    asked = Asked(1).by(scheduler)
-    model.await_run()
-
-    scheduler.cancel(asked.job)
-    model.let_go()
-
-    assert asked.answer() == 2
-    scheduler.cancel(asked.job)
-    assert scheduler.snapshot().failed == 0
-
-
 def test_a_full_queue_refuses_at_once(busy):
     """One more than may wait is refused and counted; those that wait are answered."""
     model, scheduler = busy(max_queue=2)
@@ -436,19 +166,6 @@ def test_a_full_queue_refuses_at_once(busy):
     model.let_go()
     assert [each.answer() for each in asked] == [2, 4]
     assert scheduler.snapshot().failures["rejected"] == 1
-
-
-def test_free_instances_do_not_count_as_a_queue(schedule):
-    """As many requests as there are instances and places are taken, however slowly the threads wake up."""
-    model = Doubler(blocked=True)
-    scheduler = schedule(model, max_queue=1, instances=3)
-    asked = [Asked(value).by(scheduler) for value in (1, 2, 3, 4)]
-    with pytest.raises(QueueFull):
-        Asked(5).by(scheduler)
-
-    model.let_go()
-
-    assert [each.answer() for each in asked] == [2, 4, 6, 8]
 
 
 def test_bad_input_fails_alone(busy):
@@ -610,31 +327,6 @@ def test_done_may_use_the_scheduler(schedule):
     assert second.answer() == 4
 
 
-def test_inline_runs_in_the_callers_thread(schedule):
-    """An idle model runs a job without a thread, and counts it as any other."""
-    model = Doubler()
-    scheduler = schedule(model, max_batch=4)
-    asked = Asked(1)
-
-    assert scheduler.try_inline(asked.job, lambda: True)
-
-    assert asked.outcome.done()
-    assert model.threads == [threading.current_thread()]
-    assert (scheduler.snapshot().requests, scheduler.running, scheduler.pending) == (1, 0, 0)
-
-
-def test_inline_refuses_unless_the_model_is_idle(busy, schedule):
-    """A job that would wait for an instance, for others in the queue, or for others to join is left untouched."""
-    _, taken = busy()
-    delaying = schedule(Doubler(), max_batch=4, max_delay_s=10_000)
-
-    assert not taken.try_inline(Asked(1).job, lambda: True)
-    assert not delaying.try_inline(Asked(1).job, lambda: True)
-    assert delaying.try_inline(Asked(1, key=None).job, lambda: True)
-    Asked(1).by(delaying)
-    assert not delaying.try_inline(Asked(1, key=None).job, lambda: True)
-
-
 @pytest.mark.parametrize(
     ("ns", "runs"), [(10_000, [[0], [1, 2, 3]]), (2_000_000, [[0], [1], [2], [3]]), (None, [[0], [1], [2], [3]])]
 )
@@ -648,101 +340,6 @@ def test_where_the_policy_says_so_only_short_requests_are_joined(busy, ns, runs)
 
     assert [each.answer() for each in asked] == [2, 4, 6]
     assert model.runs == runs
-
-
-def test_a_long_inline_run_asks_its_thread_to_step_aside(schedule):
-    """Nobody knows how long the first takes: its thread is asked, and where it cannot, the job is left untouched."""
-    model = Doubler()
-    scheduler = schedule(model)
-
-    assert not scheduler.try_inline(Asked(1).job, lambda: False)
-
-    assert (model.runs, scheduler.running) == ([], 0)
-    for _ in range(16):
-        assert scheduler.try_inline(Asked(1).job, lambda: True)
-    assert scheduler.try_inline(Asked(1).job, lambda: pytest.fail("it is known to be short"))
-
-
-class Pair(Doubler):
-    """With a second way to run, which is there from the second time that it is asked for."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.asked = 0
-        self.beside_runs = []
-
-    def beside(self):
-        self.asked += 1
-        return self._run_beside if self.asked > 1 else None
-
-    def _run_beside(self, decoded, size):
-        self.beside_runs.append(list(decoded))
-        return self.run(decoded, size)
-
-
-def test_a_request_without_company_takes_all_instances(schedule):
-    """One after the other they run with all threads, and the second way is never asked for."""
-    model = Pair()
-    scheduler = schedule(model, instances=2, splits=True)
-
-    for value in range(4):
-        assert Asked(value).by(scheduler).answer() == 2 * value
-
-    assert (model.asked, model.beside_runs) == (0, [])
-
-
-def test_requests_with_company_run_side_by_side(schedule):
-    """One that comes while another runs waits for it; from then on two run at once, one thread each."""
-    model = Pair(blocked=True)
-    model.asked = 1
-    scheduler = schedule(model, instances=2, splits=True)
-    first = Asked(0, key=None).by(scheduler)
-    model.await_run()
-    others = [Asked(value, key=None).by(scheduler) for value in (1, 2, 3)]
-
-    assert (scheduler.running, scheduler.pending) == (1, 3)
-    model.let_go()
-    model.blocked = True
-    for _ in others[:2]:
-        model.await_run()
-    model.let_go()
-
-    assert [each.answer() for each in (first, *others)] == [0, 2, 4, 6]
-    assert sorted(model.beside_runs) == [[1], [2], [3]]
-
-
-def test_while_there_is_no_second_way_runs_take_turns(schedule):
-    """All threads, one run at a time; then side by side."""
-    model = Pair(blocked=True)
-    scheduler = schedule(model, instances=2, splits=True)
-    asked = [Asked(0, key=None).by(scheduler)]
-    model.await_run()
-    asked += [Asked(value, key=None).by(scheduler) for value in (1, 2)]
-    model._gate.release()
-    model.await_run()
-
-    assert (scheduler.running, scheduler.pending, model.beside_runs) == (1, 1, [])
-    model.let_go()
-    assert [each.answer() for each in asked] == [0, 2, 4]
-    assert model.beside_runs == [[2]]
-
-
-def test_an_inline_run_takes_an_instance(schedule):
-    """Meanwhile a queued job waits, and it runs as soon as the inline run has ended."""
-    model = Doubler(blocked=True)
-    scheduler = schedule(model)
-    thread = threading.Thread(target=scheduler.try_inline, args=(Asked(1).job, lambda: True))
-    thread.start()
-    model.await_run()
-    asked = Asked(2).by(scheduler)
-    cancelled = Asked(3, timeout_s=0.01).by(scheduler)
-    with pytest.raises(TimedOut):
-        cancelled.answer()
-
-    assert scheduler.pending == 1
-    model.let_go()
-    assert asked.answer() == 4
-    thread.join(PATIENCE_S)
 
 
 def test_an_idle_scheduler_holds_no_request(schedule):
