@@ -16,6 +16,7 @@ from serve.queue import Policy
 
 MAX_BYTES = 1 << 20  # of config.pbtxt, and of a file of labels
 MAX_LEVELS = 1000  # of priority
+_MOST_INSTANCES = 256  # each is a thread
 THREADS = "intra_op_thread_count"  # the parameter of Triton's ONNX Runtime backend
 
 _NOT_HERE = {
@@ -113,6 +114,9 @@ def _check_instances(config: pb.ModelConfig) -> None:
         if set(group.gpus) - {0} or (group.gpus and group.kind == pb.ModelInstanceGroup.KIND_CPU):
             gpus = ", ".join(map(str, group.gpus))
             raise ConfigRefused(f"config.pbtxt has an instance_group with gpus {gpus}; expected none, or GPU 0 alone.")
+    total = sum(group.count or 1 for group in config.instance_group)
+    if total > _MOST_INSTANCES:
+        raise ConfigRefused(f"config.pbtxt has {total} instances; expected {_MOST_INSTANCES} at most.")
 
 
 def _check_files(names: Iterable[str]) -> None:

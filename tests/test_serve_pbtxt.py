@@ -153,6 +153,7 @@ def test_a_gpu_that_the_server_is_not_to_use_is_refused():
         ("instance_group { gpus: 1 }", "gpus 1; expected none, or GPU 0 alone"),
         ("instance_group { kind: KIND_CPU gpus: 0 }", "gpus 0"),
         ("instance_group { count: -1 }", "count -1"),
+        ("instance_group { count: 200 } instance_group { count: 57 }", "257 instances; expected 256 at most"),
         ("instance_group { kind: KIND_CPU } instance_group { kind: KIND_GPU }", "on CPU and GPU"),
         ("max_batch_sizes: 8", 'no field named "max_batch_sizes"'),
         ("max_batch_size: eight", "integer"),
