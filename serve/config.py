@@ -5,6 +5,26 @@ from pathlib import Path
 from typing import Literal
 
 from bundle.session import Device
+from serve.errors import StartError
+
+MOST_THREADS = 1024  # of one run
+MOST_INSTANCES = 256  # each is a thread
+
+_BOUNDS: dict[str, tuple[float, float]] = {  # what is beyond is a slip of the pen, or no machine has it
+    "port": (0, 65535),
+    "http_port": (0, 65535),
+    "threads": (1, MOST_THREADS),
+    "instances": (1, MOST_INSTANCES),
+    "max_batch": (1, 1 << 20),
+    "max_delay_ms": (0, 60_000),
+    "max_queue": (0, 1 << 20),
+    "max_bytes": (1, 1 << 50),
+    "max_message_bytes": (1, (1 << 31) - 1),  # gRPC knows no larger one
+    "max_streams": (0, 1 << 20),
+    "gpu_memory_bytes": (1, 1 << 50),
+    "processes": (1, 256),
+    "drain_s": (0, 86_400),
+}
 
 
 @dataclass(frozen=True)
@@ -75,3 +95,16 @@ class ServeConfig:
     """Servers on the same port; the kernel gives each connection to one of them."""
     drain_s: float = 30.0
     """Seconds that running calls may go on when the server stops."""
+
+    def __post_init__(self) -> None:
+        """Look at the numbers.
+
+        Raises:
+            StartError: one cannot be met.
+        """
+        for name, (least, most) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise StartError(f"--{name.replace('_', '-')} is {value}; expected {least} to {most}.")
+        if any(size < 1 for size in self.batch_sizes):
+            raise StartError(f"--batch-sizes are {', '.join(map(str, self.batch_sizes))}; expected 1 or more.")

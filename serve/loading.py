@@ -85,8 +85,6 @@ def check_device(config: ServeConfig) -> None:
             f"--gpu-memory-bytes {config.gpu_memory_bytes} limits what is taken on a GPU, and --device cpu uses none. "
             "Leave out one of them; the memory of the process is limited from outside."
         )
-    if config.gpu_memory_bytes is not None and config.gpu_memory_bytes < 1:
-        raise StartError(f"--gpu-memory-bytes is {config.gpu_memory_bytes}; expected 1 or more.")
 
 
 def reason(error: Exception) -> str:

@@ -11,12 +11,12 @@ from google.protobuf import text_format
 from bundle.session import Device
 from bundle.tensor import TensorSpec
 from protos import inference_pb2 as pb
+from serve.config import MOST_INSTANCES, MOST_THREADS
 from serve.errors import ConfigRefused
 from serve.queue import Policy
 
 MAX_BYTES = 1 << 20  # of config.pbtxt, and of a file of labels
 MAX_LEVELS = 1000  # of priority
-_MOST_INSTANCES = 256  # each is a thread
 THREADS = "intra_op_thread_count"  # the parameter of Triton's ONNX Runtime backend
 
 _NOT_HERE = {
@@ -115,8 +115,8 @@ def _check_instances(config: pb.ModelConfig) -> None:
             gpus = ", ".join(map(str, group.gpus))
             raise ConfigRefused(f"config.pbtxt has an instance_group with gpus {gpus}; expected none, or GPU 0 alone.")
     total = sum(group.count or 1 for group in config.instance_group)
-    if total > _MOST_INSTANCES:
-        raise ConfigRefused(f"config.pbtxt has {total} instances; expected {_MOST_INSTANCES} at most.")
+    if total > MOST_INSTANCES:
+        raise ConfigRefused(f"config.pbtxt has {total} instances; expected {MOST_INSTANCES} at most.")
 
 
 def _check_files(names: Iterable[str]) -> None:
@@ -256,13 +256,13 @@ def choose_threads(config: pb.ModelConfig, default: int | None) -> int | None:
     """Threads of one run, by the parameter `intra_op_thread_count`; 0 and no such parameter are the default.
 
     Raises:
-        ConfigRefused: it is not a number.
+        ConfigRefused: it is not a number, or too large.
     """
     if THREADS not in config.parameters:
         return default
     value = config.parameters[THREADS].string_value
-    if not re.fullmatch(r"[0-9]{1,4}", value):
-        raise ConfigRefused(f"config.pbtxt has parameter {THREADS} {value!r}; expected a number of threads.")
+    if not re.fullmatch(r"[0-9]{1,4}", value) or int(value) > MOST_THREADS:
+        raise ConfigRefused(f"config.pbtxt has parameter {THREADS} {value!r}; expected 1 to {MOST_THREADS} threads.")
     return int(value) or default
 
 

@@ -29,13 +29,6 @@ def test_a_limit_for_a_gpu_that_is_not_to_be_used_is_refused(paths):
         open_repository(ServeConfig(paths, device="cpu", gpu_memory_bytes=1000))
 
 
-@pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_that_leaves_nothing_is_refused(paths, limit):
-    """Nothing can be loaded into no memory."""
-    with pytest.raises(StartError, match=f"--gpu-memory-bytes is {limit}; expected 1 or more"):
-        open_repository(ServeConfig(paths, gpu_memory_bytes=limit))
-
-
 @no_gpu
 def test_a_limit_that_limits_nothing_is_told(paths):
     """Where auto takes the CPU the log says for each model that there is no GPU memory to limit."""

@@ -214,12 +214,12 @@ def test_a_batch_axis_is_not_asked_of_outputs_that_are_not_served():
     assert complete(config, [IMAGE], [SCORE, LOSS])[1] == (SCORE,)
 
 
-@pytest.mark.parametrize("value", ["", "two", "-1", "2.5"])
+@pytest.mark.parametrize("value", ["", "two", "-1", "2.5", "1025"])
 def test_a_thread_count_is_a_number(value):
     """A parameter that means something is not guessed."""
     text = f'parameters {{ key: "intra_op_thread_count" value: {{ string_value: "{value}" }} }}'
 
-    with pytest.raises(ConfigRefused, match="expected a number of threads"):
+    with pytest.raises(ConfigRefused, match="expected 1 to 1024 threads"):
         choose_threads(parse_config(text, "m"), None)
 
 
