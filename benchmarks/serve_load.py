@@ -135,6 +135,39 @@ class Caller:
         return answers
 
 
+class GrpcCaller:
+    """grpcio's own client, as people have it: one blocking call after the other."""
+
+    def __init__(self, target: Target) -> None:
+        import grpc
+
+        self._turn = cycle(target.requests)
+        channel = (
+            grpc.secure_channel(
+                target.address.replace("127.0.0.1", "localhost"), grpc.ssl_channel_credentials(target.ca)
+            )
+            if target.ca
+            else grpc.insecure_channel(target.address)
+        )
+        self._call = channel.unary_unary(target.method)
+
+    def closed(self, in_flight: int, seconds: float) -> Load:
+        """One call is always under way."""
+        assert in_flight == 1
+        self._closed(WARM_UP * seconds)
+        return self._closed(seconds)
+
+    def _closed(self, seconds: float) -> Load:
+        start = now = time.perf_counter()
+        latencies = []
+        while now < start + seconds:
+            began = time.perf_counter()
+            self._call(next(self._turn))
+            now = time.perf_counter()
+            latencies.append(now - began)
+        return Load(np.array(latencies), now - start)
+
+
 @contextmanager
 def worker(make: Callable[..., Any], *arguments: Any) -> Iterator[Pipe]:
     """A process of its own with what `make` makes there: send it a method's name and arguments, receive what it gives.
@@ -203,10 +236,10 @@ def _together(pipes: Sequence[Pipe], jobs: Sequence[tuple[Any, ...]]) -> Load:
 
 
 @contextmanager
-def calling(target: Target, processes: int = 1) -> Iterator[Callers]:
+def calling(target: Target, processes: int = 1, by: type[Caller] | type[GrpcCaller] = Caller) -> Iterator[Callers]:
     """Processes that are connected to a server."""
     with ExitStack() as stack:
-        yield Callers([stack.enter_context(worker(Caller, target)) for _ in range(processes)])
+        yield Callers([stack.enter_context(worker(by, target)) for _ in range(processes)])
 
 
 def requests_for(address: str, model: str, inputs: Sequence[str], tls: Tls | None) -> Iterator[bytes]:

@@ -4,7 +4,8 @@ Everything that is compared runs in one go, in turns, in processes of its own; a
 the ratios within each round. The server is `edgeward serve` as people start it: batching, admission, deadlines and
 counts are on. An echo is its transport with a handler that parses nothing and answers a constant, sent the same bytes.
 All servers, those of thirty lines too, have the setting of gRPC that ours takes. Who calls them all is the same light
-client, benchmarks/http2.py: one connection, over which all calls under way go, from one process.
+client, benchmarks/http2.py: one connection, over which all calls under way go, from one process. What is said to be by
+grpcio is asked by grpcio's own client instead, as people have it.
 
 tiny      A network of 12,000 weights, on TCP, a Unix-domain socket and TLS: what a call costs.
 added     ResNet18 with uint8 and float32, tweets to MiniLM, JPEG: what serving adds to the same work in process.
@@ -29,7 +30,7 @@ from typing import Any
 
 from benchmarks.serve_figures import Figure, Options, in_turns, keep, middle, ratio, table
 from benchmarks.serve_footprint import idle, install, memory, start
-from benchmarks.serve_load import INFER, WARM_UP, Callers, Load, Target, ask, calling, worker
+from benchmarks.serve_load import INFER, WARM_UP, Callers, GrpcCaller, Load, Target, ask, calling, worker
 from benchmarks.serve_models import InProcess, SideBySide, Work, model, work
 from benchmarks.serve_sides import Echo, Naive, certificate, competitor, cpu_s, serving
 from bundle.host import cpu_count, cpu_name
@@ -48,17 +49,24 @@ def tiny(options: Options) -> Iterator[Figure]:
 def _tiny(options: Options, transport: str) -> Iterator[Figure]:
     goal = "7" if transport == "TLS" else "1"
     with TemporaryDirectory() as folder, ExitStack() as stack:
-        callers, process = _tiny_callers(stack, options, transport, Path(folder))
+        targets, process = _tiny_targets(stack, options, transport, Path(folder))
+        callers = {name: stack.enter_context(calling(target)) for name, target in targets.items()}
         sides = {
             (name, count): partial(each.closed, count, options.seconds)
             for count in (1, 8)
             for name, each in callers.items()
         }
+        for name in ("served", "echo"):
+            by_grpcio = stack.enter_context(calling(targets[name], by=GrpcCaller))
+            sides[f"{name} by grpcio", 1] = partial(by_grpcio.closed, 1, options.seconds)
         found = in_turns(sides, options.rounds)
         cpu_us = _cpu_us(process, callers["served"], options.seconds)
     ours = found["served", 1]
     said = f"{middle(ours, p50):.3f} and {middle(found['echo', 1], p50):.3f} ms; p99 {middle(ours, p99):.2f} ms"
     yield Figure(goal, f"tiny, {transport}, c=1: p50 / echo", ratio(ours, found["echo", 1], p50), "<=", 1.6, said)
+    ours, echo = found["served by grpcio", 1], found["echo by grpcio", 1]
+    said = f"{middle(ours, p50):.3f} and {middle(echo, p50):.3f} ms; p99 {middle(ours, p99):.2f} ms"
+    yield Figure(goal, f"tiny, {transport}, c=1, by grpcio: p50 / echo", ratio(ours, echo, p50), "<=", 1.6, said)
     for name in callers:
         if name not in ("served", "echo"):
             one, eight = (ratio(found["served", c], found[name, c], of) for c, of in ((1, p50), (8, rate)))
@@ -78,8 +86,8 @@ def _cpu_us(process: int, callers: Callers, seconds: float) -> float:
     return (cpu_s(process) - before) / (len(load.latencies) * (1 + WARM_UP)) * 1e6
 
 
-def _tiny_callers(stack: ExitStack, options: Options, transport: str, folder: Path) -> tuple[dict[str, Callers], int]:
-    """Who calls each side, and the process of the one that is served as by default."""
+def _tiny_targets(stack: ExitStack, options: Options, transport: str, folder: Path) -> tuple[dict[str, Target], int]:
+    """Whom to call, and the process of the one that is served as by default."""
     path, asked = model("tiny", options.out), work("tiny", options.out)
     cert, key = certificate(folder)
     ca = cert.read_bytes() if transport == "TLS" else None
@@ -88,18 +96,19 @@ def _tiny_callers(stack: ExitStack, options: Options, transport: str, folder: Pa
         by = {"unix": {"socket": folder / name}, "TLS": {"tls_cert": cert, "tls_key": key}}
         return by.get(transport, {})
 
-    def call(address: str, method: str = INFER) -> Callers:
-        return stack.enter_context(calling(Target(address, asked.requests(), method, ca)))
+    def at(address: str, method: str = INFER) -> Target:
+        return Target(address, asked.requests(), method, ca)
 
     found = {}
     for name, more in (("asyncio", ("--transport", "asyncio")), ("served", ())):
         words = [word for option, value in listen(name).items() for word in (f"--{option.replace('_', '-')}", value)]
         server = stack.enter_context(serving(path, *words, *more))
-        found[name] = call(server.address)
-    answer = found["served"].answers(1)[0]
-    found["echo"] = call(ask(stack.enter_context(worker(Echo, path, {ECHO: answer}, listen("echo"))), "address"), ECHO)
+        found[name] = at(server.address)
+    with calling(found["served"]) as caller:
+        answer = caller.answers(1)[0]
+    found["echo"] = at(ask(stack.enter_context(worker(Echo, path, {ECHO: answer}, listen("echo"))), "address"), ECHO)
     if transport == "TCP":
-        found["thirty lines of asyncio"] = call(ask(stack.enter_context(worker(Naive, path)), "address"))
+        found["thirty lines of asyncio"] = at(ask(stack.enter_context(worker(Naive, path)), "address"))
     return found, server.process
 
 
