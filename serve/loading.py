@@ -216,8 +216,8 @@ def warm_up(model: ServedModel) -> None:
     The first run of a session takes its memory and sets up its kernels. Zeros can be no input of this very graph; then
     the first request is the first run. A bundle's golden examples have been through its session before.
     """
-    sizes: tuple[int | None, ...] = (model.policy.sizes if model.max_batch else ()) or (None,)
     arrays = {spec.name: _zeros(spec) for spec in model.inputs if spec.name not in model.optional}
+    sizes: tuple[int | None, ...] = (() if model.key(arrays) is None else model.policy.sizes) or (None,)
     try:
         for size in sizes:
             model.run([model.decode(arrays)], size)

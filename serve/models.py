@@ -102,8 +102,8 @@ class ServedModel:
         return next((shape[0] for shape in shapes.values()), 1)
 
     def key(self, arrays: Arrays) -> Hashable:
-        """Requests of one key may be joined to one run; with None it is never joined."""
-        if not self.max_batch:
+        """Requests of one key may be joined to one run; with None it is neither joined nor padded."""
+        if not self.max_batch or not arrays:  # a graph may need no input; then nothing says how many rows it runs
             return None
         if self.platform == "edgeward_bundle":  # whose rows are collated, whatever their length
             return _like_length(arrays) if self.pads else ()
@@ -236,8 +236,7 @@ def _graph(session: Session, source: Path, policy: Policy, spare: Spare | None) 
             return [session.run(requests[0])]
         counts = [len(next(iter(request.values()))) for request in requests]
         joined = {name: _joined([request[name] for request in requests], size) for name in requests[0]}
-        outputs = session.run(joined)
-        return _parted(outputs, counts, max(size or 0, sum(counts)))
+        return _parted(session.run(joined), counts, len(next(iter(joined.values()))))
 
     def encode(result: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for spec in session.outputs:
@@ -262,9 +261,10 @@ def _graph(session: Session, source: Path, policy: Policy, spare: Spare | None) 
 
 
 def _joined(arrays: Sequence[np.ndarray], size: int | None) -> np.ndarray:
-    """The rows of all, and the last one as often as it takes to make `size`."""
+    """The rows of all, and the last one as often as it takes to make `size`; where there are no rows, none."""
     missing = max((size or 0) - sum(map(len, arrays)), 0)
-    padding = [np.repeat(arrays[-1][-1:], missing, axis=0)] if missing else []
+    last = next((array[-1:] for array in reversed(arrays) if len(array)), arrays[-1])
+    padding = [np.repeat(last, missing, axis=0)] if missing else []
     return np.concatenate([*arrays, *padding])
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import queue
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -15,7 +16,14 @@ from serve.configuration import model_config
 from serve.errors import ConfigRefused, GateNotPassed, StartError, UnknownModel
 from serve.repository import Repository
 from serve.scheduler import Job
-from tests.serve_bundles import identity, model_bytes, write_image_bundle, write_text_bundle
+from tests.serve_bundles import (
+    MOOD,
+    identity,
+    model_bytes,
+    write_image_bundle,
+    write_text_bundle,
+    write_vector_bundle,
+)
 
 
 def start(*paths, **options):
@@ -215,6 +223,51 @@ def test_rows_that_cannot_be_told_apart_are_given_to_nobody(tmp_path):
     assert "has shape [3, 2] after a run of 4 rows" in str(logs)
     with pytest.raises(ModelError, match=r"shape \[1, 2\] after a run of 8 rows"):
         served.model.run([{"x": np.float32([[1, 1], [-1, -1]])}], 8)
+
+
+PADDED = "max_batch_size: 8 dynamic_batching {}"
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 0], [2, 0], [0, 3, 0]])
+def test_requests_without_rows_are_padded_by_what_their_neighbours_have(tmp_path, rows):
+    """The last row there is makes the size up, of whichever request; where there is none, the run has none."""
+    [one] = start(write_graph(tmp_path / "m", PADDED), batch_sizes=(4, 8))
+    requests = [{"x": np.full((count, 2), count, np.float32)} for count in rows]
+
+    answers = one.model.run(requests, 4)
+
+    assert [answer["y"].tolist() for answer in answers] == [request["x"].tolist() for request in requests]
+
+
+def test_a_request_without_rows_is_answered_where_runs_are_padded(tmp_path):
+    """By a graph with a config.pbtxt, and by a bundle with and without its preprocessing."""
+    write_graph(tmp_path / "r" / "m", PADDED)
+    bundle = write_vector_bundle(tmp_path / "b", tasks=(MOOD,))
+    repository = start(tmp_path / "r", bundle, batch_sizes=(4, 8))
+
+    for name, given, asked, shape in [
+        ("m", "x", "y", (0, 2)),
+        ("flowers", "flower", "logits", (0, 3)),
+        ("flowers.onnx", "features", "logits", (0, 3)),
+    ]:
+        served, outcome = repository.find(name, ""), Future()
+        arrays = {given: np.zeros((0, 2 if name == "m" else 3), np.float32)}
+        served.scheduler.submit(Job(arrays, rows=0, key=served.model.key(arrays), done=outcome.set_result))
+        assert outcome.result(30)[asked].shape == shape
+
+
+def test_a_graph_that_needs_no_input_is_served_where_runs_are_padded(tmp_path):
+    """A request that leaves out every input runs as it is; one that brings one is padded."""
+    node, number = helper.make_node("Identity", ["x"], ["y"]), TensorProto.FLOAT
+    tensors = [("x", number, ["rows", 2])], [("y", number, ["rows", 2])]
+    graph = model_bytes([node], *tensors, {"x": np.float32([[10, 20]])})
+    repository = start(write_graph(tmp_path / "m", f'{PADDED} input {{ name: "x" }}', graph), batch_sizes=(4, 8))
+    served = repository.find("m", "")
+
+    for arrays in ({}, {"x": np.float32([[1, 2]])}):
+        outcome = Future()
+        served.scheduler.submit(Job(arrays, rows=1, key=served.model.key(arrays), done=outcome.set_result))
+        assert outcome.result(30)["y"].tolist() == arrays.get("x", np.float32([[10, 20]])).tolist()
 
 
 def test_a_graph_with_labels_from_config_but_no_file_does_not_start(tmp_path):
