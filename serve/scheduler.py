@@ -215,7 +215,7 @@ class Scheduler:
             batch = batch[:1]
         wait_s = 0.0 if self._closed else self._queue.delay_s(batch)
         if wait_s > 0:
-            return None, wait_s
+            return None, min(wait_s, threading.TIMEOUT_MAX)
         now = time.perf_counter_ns()
         for job in batch:
             self._queue.remove(job)

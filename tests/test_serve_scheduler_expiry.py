@@ -107,6 +107,18 @@ def test_a_deadline_that_passes_while_decoding_drops_the_request_alone(busy):
     assert model.runs == [[0], [2]]
 
 
+def test_a_delay_that_no_clock_will_reach_ends_with_a_full_batch(schedule, busy):
+    """Who waits for the first request's company is there when it comes."""
+    scheduler = schedule(Doubler(), max_batch=2, max_delay_s=1e13)
+    first = Asked(1).by(scheduler)
+    with pytest.raises(TimedOut):  # of another model, later than the wait for company begins
+        Asked(2, timeout_s=0.01).by(busy()[1]).answer()
+
+    second = Asked(3).by(scheduler)
+
+    assert (first.answer(), second.answer()) == (2, 6)
+
+
 @pytest.mark.parametrize("options", [{"deadline": math.inf}, {"deadline": 1e300}, {"timeout_s": 2**63 / 1e6}])
 def test_times_that_no_clock_will_reach_are_no_limit(busy, options):
     """Requests with absurd deadlines and timeouts are answered, and the others' are still noticed."""
