@@ -17,6 +17,7 @@ from serve.queue import Policy
 
 MAX_BYTES = 1 << 20  # of config.pbtxt, and of a file of labels
 MAX_LEVELS = 1000  # of priority
+MAX_DELAY_US = 60_000_000  # as much as --max-delay-ms
 THREADS = "intra_op_thread_count"  # the parameter of Triton's ONNX Runtime backend
 
 _NOT_HERE = {
@@ -56,6 +57,7 @@ def parse_config(text: str, name: str) -> pb.ModelConfig:
         text_format.Parse(text, config)
     except text_format.ParseError as error:
         raise ConfigRefused(f"config.pbtxt cannot be served: {_explain(str(error))}.") from error
+    _check_enums(config)
     _check_identity(config, name)
     _check_batching(config)
     _check_instances(config)
@@ -70,6 +72,22 @@ def _explain(error: str) -> str:
     if unknown and unknown[1] in _NOT_HERE:
         return f"{unknown[1]} is not supported: {_NOT_HERE[unknown[1]]}. Remove it"
     return error.removesuffix(".")
+
+
+def _check_enums(config: pb.ModelConfig) -> None:
+    """Protobuf takes any number for a name of an enum."""
+    batching = config.dynamic_batching
+    policies = (batching.default_queue_policy, *batching.priority_queue_policy.values())
+    numbers = [
+        *(("data_type", tensor.data_type, pb.DataType) for tensor in config.input),
+        *(("data_type", tensor.data_type, pb.DataType) for tensor in config.output),
+        *(("format", tensor.format, pb.ModelInput.Format) for tensor in config.input),
+        *(("kind", group.kind, pb.ModelInstanceGroup.Kind) for group in config.instance_group),
+        *(("timeout_action", policy.timeout_action, pb.ModelQueuePolicy.TimeoutAction) for policy in policies),
+    ]
+    for field, number, kind in numbers:
+        if number not in kind.values():
+            raise ConfigRefused(f"config.pbtxt has {field} {number}; expected {', '.join(kind.keys())}.")
 
 
 def _check_identity(config: pb.ModelConfig, name: str) -> None:
@@ -93,6 +111,11 @@ def _check_batching(config: pb.ModelConfig) -> None:
     if any(not 1 <= size <= limit for size in batching.preferred_batch_size):
         sizes = ", ".join(map(str, batching.preferred_batch_size))
         raise ConfigRefused(f"config.pbtxt has preferred_batch_size {sizes}; expected 1 to max_batch_size, {limit}.")
+    if batching.max_queue_delay_microseconds > MAX_DELAY_US:
+        raise ConfigRefused(
+            f"config.pbtxt has max_queue_delay_microseconds {batching.max_queue_delay_microseconds}; expected at most "
+            f"{MAX_DELAY_US}."
+        )
     if levels > MAX_LEVELS:
         raise ConfigRefused(f"config.pbtxt has priority_levels {levels}; expected at most {MAX_LEVELS}.")
     if levels and not 1 <= batching.default_priority_level <= levels:
@@ -267,13 +290,17 @@ def choose_threads(config: pb.ModelConfig, default: int | None) -> int | None:
 
 
 def read_labels(config: pb.ModelConfig, folder: Path) -> dict[str, tuple[str, ...]]:
-    """The labels of each output that names a file of them, one a line.
+    """The labels of each output that names a file of them, one a line; only a newline ends one.
 
     Raises:
         ConfigRefused: a file cannot be read.
     """
     named = {output.name: output.label_filename for output in config.output if output.label_filename}
-    return {name: tuple(read_text(folder / file).splitlines()) for name, file in named.items()}
+    return {name: _lines(read_text(folder / file)) for name, file in named.items()}
+
+
+def _lines(text: str) -> tuple[str, ...]:
+    return tuple(line.removesuffix("\r") for line in text.removesuffix("\n").split("\n"))
 
 
 def read_text(path: Path) -> str:

@@ -153,6 +153,20 @@ def test_a_gpu_that_the_server_is_not_to_use_is_refused():
         ("instance_group { gpus: 1 }", "gpus 1; expected none, or GPU 0 alone"),
         ("instance_group { kind: KIND_CPU gpus: 0 }", "gpus 0"),
         ("instance_group { count: -1 }", "count -1"),
+        ("instance_group { kind: 9 }", "kind 9; expected KIND_AUTO, KIND_GPU, KIND_CPU, KIND_MODEL"),
+        ('input { name: "x" data_type: 99 }', "data_type 99; expected TYPE_INVALID, TYPE_BOOL, .*TYPE_BF16"),
+        ('output { name: "y" data_type: -1 }', "data_type -1"),
+        ('input { name: "x" format: 9 }', "format 9; expected FORMAT_NONE"),
+        ("dynamic_batching { default_queue_policy { timeout_action: 5 } }", "timeout_action 5; expected REJECT, DELAY"),
+        (
+            "dynamic_batching { priority_levels: 1 default_priority_level: 1 "
+            "priority_queue_policy { key: 1 value { timeout_action: 2 } } }",
+            "timeout_action 2",
+        ),
+        (
+            f"dynamic_batching {{ max_queue_delay_microseconds: {2**64 - 1} }}",
+            "max_queue_delay_microseconds 18446744073709551615; expected at most 60000000",
+        ),
         ("instance_group { count: 200 } instance_group { count: 57 }", "257 instances; expected 256 at most"),
         ("instance_group { kind: KIND_CPU } instance_group { kind: KIND_GPU }", "on CPU and GPU"),
         ("max_batch_sizes: 8", 'no field named "max_batch_sizes"'),
@@ -231,6 +245,13 @@ def test_labels_are_the_lines_of_their_file(tmp_path: Path):
     assert read_labels(config, tmp_path) == {"score": ("red", "grün", "", "blue")}
     with pytest.raises(ConfigRefused, match=r"^labels\.txt cannot be read: No such file or directory\.$"):
         read_labels(config, tmp_path / "elsewhere")
+
+
+def test_only_a_newline_ends_a_label(tmp_path):
+    """Of a line of Windows its carriage return is no part; what else separates lines for some stays in the label."""
+    (tmp_path / "labels.txt").write_text("a\u2028b\r\nc\x0b\x85\n\nd:e", newline="")
+
+    assert read_labels(parse_config(WHOLE, "m"), tmp_path) == {"score": ("a\u2028b", "c\x0b\x85", "", "d:e")}
 
 
 @pytest.mark.parametrize(("data", "words"), [(b"\xff", "not UTF-8"), (b"x" * (1 << 20) + b"x", "larger than")])
