@@ -119,12 +119,16 @@ def _numbers(contents: pb.InferTensorContents, field: str, count: int, dtype: np
     return wide.astype(dtype)
 
 
-def to_raw(array: np.ndarray, datatype: str) -> bytes:
+def to_raw(array: np.ndarray, datatype: str, where: str = "an array") -> bytes:
     """The array as an entry of raw contents; elements of BYTES are bytes or str.
 
     Args:
         array: any shape; numbers are not converted, only brought to little-endian order. BF16 in this machine's order.
         datatype: a key of NUMPY_TYPES that fits the array's dtype.
+        where: what the errors call it.
+
+    Raises:
+        BadInput: an element of BYTES is something else, or a str that UTF-8 does not have.
     """
     if datatype == "BF16":
         return array.tobytes()
@@ -132,9 +136,20 @@ def to_raw(array: np.ndarray, datatype: str) -> bytes:
         return array.astype(NUMPY_TYPES[datatype], order="C", casting="equiv", copy=False).tobytes()
     parts = []
     for element in array.ravel():
-        data = element.encode() if isinstance(element, str) else element
+        data = _bytes(element, where)
         parts += [len(data).to_bytes(4, "little"), data]
     return b"".join(parts)
+
+
+def _bytes(element: object, where: str) -> bytes:
+    if isinstance(element, bytes):
+        return element
+    if not isinstance(element, str):
+        raise BadInput(f"{where} has an element of type {type(element).__name__}; expected str or bytes.")
+    try:
+        return element.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{where} has a text that is not UTF-8: {error.reason} at {error.start}.") from error
 
 
 def datatype_of(array: np.ndarray, where: str) -> str:
@@ -145,8 +160,10 @@ def datatype_of(array: np.ndarray, where: str) -> str:
         where: what the errors call it.
 
     Raises:
-        BadInput: the protocol has none.
+        BadInput: the protocol has none, or it is no array.
     """
+    if not isinstance(array, np.ndarray | np.generic):
+        raise BadInput(f"{where} is a {type(array).__name__}; expected an array of numpy.")
     if array.dtype.kind in "OSU":
         return "BYTES"
     datatype = "BF16" if array.dtype.name == "bfloat16" else _DATATYPES.get(array.dtype.newbyteorder("<"))

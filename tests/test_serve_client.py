@@ -130,6 +130,42 @@ def test_a_dtype_that_the_protocol_lacks_is_bad_input(client):
         client.infer("echo", {"x": np.zeros((1, 2), np.complex64)})
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ([[1.0, 2.0]], "is a list; expected an array of numpy"),
+        (np.array([["a", 1]], object), "has an element of type int; expected str or bytes"),
+        (np.array([["a", None]], object), "has an element of type NoneType"),
+        (np.array([[b"a", bytearray(b"b")]], object), "has an element of type bytearray"),
+        (np.array([["a", "\ud800"]], object), "has a text that is not UTF-8: surrogates not allowed at 0"),
+    ],
+)
+def test_what_is_no_tensor_is_bad_input_that_names_the_input(client, value, words):
+    """On the wire, in a stream and in shared memory."""
+    with pytest.raises(BadInput, match=f"input 'x' {words}"):
+        client.infer("words", {"x": value})
+    with pytest.raises(BadInput, match=f"input 'x' {words}"):
+        list(client.stream("words", [{"x": value}]))
+    with client.shared_memory(64) as region, pytest.raises(BadInput, match=f"a tensor in shared memory {words}"):
+        region.put(value)
+
+
+@pytest.mark.parametrize("value", [np.int64(1), np.bool_(True), None, b"a", 2**63, -(2**63) - 1, "\ud800"])
+def test_what_is_no_parameter_is_bad_input_that_names_it(client, value):
+    """Of a type that the protocol does not have, or beyond 64 bits."""
+    with pytest.raises(BadInput, match=r"parameter 'note' is .*; expected a bool, an int of 64 bits"):
+        client.infer("echo", {"x": np.zeros((1, 2), np.float32)}, parameters={"note": value})
+
+
+def test_more_classes_than_can_be_asked_for_are_bad_input(client):
+    """Their number is a parameter, too; any integer of numpy is one."""
+    x = np.zeros((1, 2), np.float32)
+
+    assert len(client.classify("echo", {"x": x}, "y", np.int64(2))[0]) == 2
+    with pytest.raises(BadInput, match="'classification' is 9223372036854775808"):
+        client.classify("echo", {"x": x}, "y", 2**63)
+
+
 def test_a_refusal_is_one_exception_with_status_and_details(client, server):
     """One line for people, two attributes for programs."""
     with pytest.raises(ServerError) as refused:

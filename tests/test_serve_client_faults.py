@@ -12,7 +12,7 @@ import pytest
 from bundle.errors import BadInput
 from protos import inference_pb2 as pb
 from serve.client import Client
-from serve.client.calls import Health
+from serve.client.calls import Class, Health
 from serve.client.channel import Tls
 from serve.errors import ServerError
 from tests.blocking import BlockingAioClient
@@ -193,6 +193,29 @@ def test_an_answer_that_is_none_is_the_same_exception(client, server, datatype, 
 
     assert refused.code is grpc.StatusCode.UNKNOWN
     assert refused.details.startswith("an answer that cannot be read: ")
+
+
+@pytest.mark.parametrize(
+    ("shape", "elements", "expected"),
+    [
+        ([2, 0], [], [[], []]),
+        ([0, 3], [], []),
+        ([0], [], [[]]),
+        ([], [b"0.500000:7"], [[Class(0.5, 7, None)]]),
+        ([1, 2], [b"nan:0:a:b", b"-inf:1"], [[Class(np.nan, 0, "a:b"), Class(-np.inf, 1, None)]]),
+        ([2], [b"9223372036854775807:0", b"-1:1"], [[Class(2**63 - 1, 0, None), Class(-1, 1, None)]]),
+    ],
+    ids=["no classes", "no rows", "one row of none", "scalar", "not finite", "integers"],
+)
+def test_classes_are_read_as_they_were_sent(client, server, shape, elements, expected):
+    """Every row has a list, be it empty, and no integer is rounded."""
+    raw = b"".join(len(element).to_bytes(4, "little") + element for element in elements)
+    server.answer = pb.ModelInferResponse(raw_output_contents=[raw])
+    server.answer.outputs.add(name="y", datatype="BYTES", shape=shape)
+
+    got = client.classify("m", texts(b"a"), "y", 3)
+
+    assert repr(got) == repr(expected)  # in which NaN is equal to itself, and 1 is not 1.0
 
 
 def test_a_stream_answers_in_order_and_outlives_refusals(client, server):

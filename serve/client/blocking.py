@@ -180,7 +180,7 @@ class Client:
             Arrays by output name, read-only; BYTES as objects that are bytes.
 
         Raises:
-            BadInput: a tensor has a dtype that the protocol does not know.
+            BadInput: a tensor or a parameter is nothing that the protocol knows.
             ServerError: the server refused, failed or was not reached.
         """
         return self._run(calls.infer(model, tensors, version, outputs, into, parameters), timeout_s)

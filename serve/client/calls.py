@@ -1,6 +1,7 @@
 """The calls of the protocol as a client sees them: the message that is sent, and what is made of the one that comes."""
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Health(IntEnum):
 class Class:
     """One of the best classes of a row, as the classification extension names them."""
 
-    value: float
+    value: float  # an int where the output holds integers
     index: int
     label: str | None
 
@@ -204,7 +205,7 @@ def infer(
 def classify(model: str, tensors: Tensors, output: str, count: int, version: str = "") -> Call[list[list[Class]]]:
     """The best classes of each row: see Client.classify."""
     request = infer_request(model, tensors, version, [output])
-    request.outputs[0].parameters["classification"].int64_param = count
+    _set(request.outputs[0].parameters, {"classification": operator.index(count)})
     return Call("ModelInfer", request, lambda answer: _classes(_arrays(answer, {})[output]))
 
 
@@ -212,16 +213,17 @@ def infer_request(model: str, tensors: Tensors, version: str, outputs: Sequence[
     """The message of one inference.
 
     Raises:
-        BadInput: a tensor has a dtype that the protocol does not have.
+        BadInput: a tensor is no array, or has a dtype or an element that the protocol does not have.
     """
     request = pb.ModelInferRequest(model_name=model, model_version=version)
     for name, tensor in tensors.items():
         if isinstance(tensor, SharedTensor):
             _refer(request.inputs.add(name=name, datatype=tensor.datatype, shape=tensor.shape).parameters, tensor)
             continue
-        datatype = datatype_of(tensor, f"input {name!r}")
+        where = f"input {name!r}"
+        datatype = datatype_of(tensor, where)
         request.inputs.add(name=name, datatype=datatype, shape=tensor.shape)
-        request.raw_input_contents.append(to_raw(tensor, datatype))
+        request.raw_input_contents.append(to_raw(tensor, datatype, where))
     for name in outputs:
         request.outputs.add(name=name)
     return request
@@ -251,8 +253,13 @@ def _refer(parameters: Any, tensor: SharedTensor) -> None:
 
 def _set(parameters: Any, values: Parameters) -> None:
     for key, value in values.items():
-        kind = next(kind for kind in _KINDS if isinstance(value, kind))  # bool before int, which it is, too
-        setattr(parameters[key], _KINDS[kind], value)
+        fields = [field for kind, field in _KINDS.items() if isinstance(value, kind)]
+        try:
+            setattr(parameters[key], fields[0], value)  # bool before int, which it is, too
+        except (IndexError, ValueError) as error:
+            raise BadInput(
+                f"parameter {key!r} is {value!r}; expected a bool, an int of 64 bits, a float or a text in UTF-8."
+            ) from error
 
 
 def _arrays(answer: pb.ModelInferResponse, into: Mapping[str, SharedTensor]) -> dict[str, np.ndarray]:
@@ -273,10 +280,17 @@ def _shared_bytes(tensor: pb.ModelInferResponse.InferOutputTensor) -> int:
 
 
 def _classes(array: np.ndarray) -> list[list[Class]]:
-    rows = array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1)
-    return [[_class(element) for element in row] for row in rows]
+    *rows, count = array.shape or (1,)  # a model without a batch axis has one row
+    return [[_class(element) for element in row] for row in array.reshape(math.prod(rows), count)]
 
 
 def _class(element: bytes) -> Class:
     value, index, *label = element.decode().split(":", 2)
-    return Class(float(value), int(index), label[0] if label else None)
+    return Class(_number(value), int(index), label[0] if label else None)
+
+
+def _number(text: str) -> float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)

@@ -104,10 +104,10 @@ class Region:
         """A copy of an array of any datatype.
 
         Raises:
-            BadInput: there is no room left, or the protocol does not have the dtype.
+            BadInput: there is no room left, or the protocol does not have the dtype or an element.
         """
         datatype = datatype_of(array, "a tensor in shared memory")
-        raw = to_raw(array, datatype)
+        raw = to_raw(array, datatype, "a tensor in shared memory")
         offset = self._take(len(raw))
         self.memory[offset : offset + len(raw)] = raw
         return SharedTensor(self, offset, len(raw), datatype, array.shape)
