@@ -5,43 +5,48 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
+from bundle.errors import EdgewardError
 from bundle.host import cpu_count
 from bundle.log import log
 from serve import logs
 from serve.config import ServeConfig
 from serve.errors import StartError
 
-_CLOSING_S = 5.0  # after the drain
+_CLOSING_S = 10.0  # after the drain: more than a server takes to close what it has
+_BEFORE_READY = {-signal.SIGTERM, 128 + signal.SIGTERM}  # exit codes of those told to end then
+_MAX_TEXT = 1000  # characters of a reason: a pipe keeps up to 4 KiB apart from what others write
 
 
 def serve_many(config: ServeConfig, serve: Callable[[ServeConfig], None]) -> None:
     """Start config.processes servers, and wait until they have ended. Call it in the main thread.
 
-    SIGTERM and SIGINT reach all of them, and each drains. When one ends by itself the others are stopped: whoever
-    supervises this process starts them anew.
+    SIGTERM and SIGINT reach all of them, and each drains; a second one ends all at once. When one ends by itself the
+    others are stopped: whoever supervises this process starts them anew. When this process is gone they drain, too.
 
     Args:
         config: of each; the cores are shared out, and the HTTP ports are numbered from http_port on.
         serve: runs one server until its process is told to end; importable from a fresh process.
 
     Raises:
-        StartError: the options cannot be shared by several processes, or one of them ended by itself.
+        StartError: the options cannot be shared by several processes, one of them cannot serve, or ended by itself.
+        SystemExit: a signal came before they were ready.
     """
     _check(config)
-    with _reserved(config) as port:
-        context = multiprocessing.get_context("spawn")  # a runtime's threads do not survive a fork
+    context = multiprocessing.get_context("spawn")  # a runtime's threads do not survive a fork
+    told, tell = context.Pipe(duplex=False)
+    with _reserved(config) as port, told, tell:
+        shares = [_share(config, port.getsockname()[1], i) for i in range(config.processes)]
         servers = [
-            context.Process(target=_run, args=(serve, _share(config, port.getsockname()[1], i)), name=f"server {i}")
-            for i in range(config.processes)
+            context.Process(target=_attempt, args=(serve, share, tell), name=f"server {i}")
+            for i, share in enumerate(shares)
         ]
-        for server in servers:
-            server.start()
-        _supervise(servers, config.drain_s)
+        _supervise(servers, told, config.drain_s)
 
 
 def _check(config: ServeConfig) -> None:
@@ -76,36 +81,69 @@ def _share(config: ServeConfig, port: int, i: int) -> ServeConfig:
     return replace(config, port=port, http_port=http, threads=threads, instances=config.instances or 1)
 
 
+def _attempt(serve: Callable[[ServeConfig], None], config: ServeConfig, tell: "Connection[str, str]") -> None:
+    """In a process of its own: serve, or tell the first process why that cannot be."""
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    try:
+        _run(serve, config)
+    except (EdgewardError, OSError) as error:
+        tell.send(str(error)[:_MAX_TEXT])
+        raise SystemExit(1) from error
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _run(serve: Callable[[ServeConfig], None], config: ServeConfig) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches all; the first process tells the others
     logs.configure(requests=config.log_requests)
     serve(config)
 
 
-def _supervise(servers: Sequence[BaseProcess], drain_s: float) -> None:
-    stopping = threading.Event()
+def _supervise(servers: Sequence[BaseProcess], told: "Connection[str, str]", drain_s: float) -> None:
+    heard: list[int] = []
     reader, writer = os.pipe()
 
     def stop(number: int, frame: object) -> None:
-        stopping.set()
+        if heard:
+            for server in multiprocessing.active_children():
+                server.kill()
+            os._exit(128 + number)
+        heard.append(number)
         os.write(writer, b"x")  # wakes the wait below
 
     previous = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
+        for server in servers:
+            server.start()
         wait([server.sentinel for server in servers] + [reader])
-        for server in servers:
-            server.terminate()
-        for server in servers:
-            server.join(drain_s + _CLOSING_S)
-            if server.is_alive():
-                log.warning("process killed", name=server.name, drain_s=drain_s)
-                server.kill()
-                server.join()
+        _end(servers, drain_s)
     finally:
         for each, before in previous.items():
             signal.signal(each, before)
         os.close(reader)
         os.close(writer)
     ended = {server.name: server.exitcode for server in servers if server.exitcode}
-    if ended and not stopping.is_set():
+    if not heard and told.poll():
+        raise StartError(told.recv())
+    if not heard and ended:
         raise StartError(f"a process ended by itself, and the others were stopped: exit codes {ended}.")
+    if not _BEFORE_READY.isdisjoint(ended.values()):
+        raise SystemExit(128 + heard[0])
+
+
+def _end(servers: Sequence[BaseProcess], drain_s: float) -> None:
+    """Let all drain, side by side."""
+    end = time.monotonic() + drain_s + _CLOSING_S
+    for server in servers:
+        server.terminate()
+    for server in servers:
+        server.join(max(0.0, end - time.monotonic()))
+        if server.is_alive():
+            log.warning("process killed", name=server.name, drain_s=drain_s)
+            server.kill()
+            server.join()
