@@ -6,10 +6,13 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from bundle.errors import BadInput, EdgewardError
 from bundle.tensor import TensorSpec
 from edgeward.__main__ import run
+from protos import inference_pb2 as pb
+from protos import inference_pb2_grpc
 from serve.client import Client
 from serve.client.calls import Class, Health
 from serve.client.columns import MAX_BYTES, cut
@@ -19,7 +22,7 @@ from serve.errors import ServerError
 from serve.server import start
 from tests.blocking import BlockingAioClient
 from tests.certificates import write_certificates
-from tests.serve_bundles import identity, png, write_image_bundle, write_text_bundle
+from tests.serve_bundles import identity, model_bytes, png, write_image_bundle, write_text_bundle
 
 TOKEN = "correct-horse-battery-staple"
 
@@ -32,12 +35,18 @@ def models(tmp_path_factory):
     for name, dtype in (("echo", np.float32), ("words", object)):
         (root / name / "1").mkdir(parents=True)
         (root / name / "1" / "model.onnx").write_bytes(identity(dtype, [None, 2]))
+    for version, operator in (("1", "Identity"), ("2", "Neg")):
+        x, y = ("x", TensorProto.FLOAT, [2]), ("y", TensorProto.FLOAT, [2])
+        (root / "two" / version).mkdir(parents=True)
+        graph = model_bytes([helper.make_node(operator, ["x"], ["y"])], [x], [y])
+        (root / "two" / version / "model.onnx").write_bytes(graph)
     return root
 
 
 @pytest.fixture(scope="module")
 def server(models):
-    server = start(ServeConfig((models,), port=0, device="cpu", threads=1, admin=True, shared_memory=True))
+    options = {"device": "cpu", "threads": 1, "versions": "all", "admin": True, "shared_memory": True}
+    server = start(ServeConfig((models,), port=0, **options))
     yield server
     server.stop(drain_s=0)
 
@@ -73,11 +82,44 @@ def test_a_server_tells_about_itself(client):
 
 
 def test_a_model_is_unloaded_and_loaded(client):
-    """By its name, and only then is it called again."""
+    """By its name, and only then is it called again; meanwhile it is in the index, but not among what is ready."""
     client.unload("words")
     assert not client.ready("words")
+    assert ("words", "UNAVAILABLE") in [(model.name, model.state) for model in client.index()]
+    assert "words" not in [model.name for model in client.index(ready=True)]
     client.load("words")
     assert client.ready("words")
+
+
+def test_nothing_depends_on_a_model_that_is_unloaded(server):
+    """So the protocol's one parameter is accepted without effect, and any other is refused."""
+    with grpc.insecure_channel(server.address) as channel:
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        request = pb.RepositoryModelUnloadRequest(model_name="colour")
+        request.parameters["now"].bool_param = True
+        with pytest.raises(grpc.RpcError, match="unload parameter 'now' is not known") as refused:
+            stub.RepositoryModelUnload(request)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert stub.ModelReady(pb.ModelReadyRequest(name="colour")).ready
+
+        del request.parameters["now"]
+        request.parameters["unload_dependents"].bool_param = True
+        stub.RepositoryModelUnload(request)
+        stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="colour"))
+
+
+def test_the_version_that_is_named_is_asked(client):
+    """Whatever is asked of it; where none is named, the highest answers, or all do."""
+    x = np.float32([1, -2])
+    assert client.infer("two", {"x": x}, "1")["y"].tolist() == [1, -2]
+    assert client.infer("two", {"x": x})["y"].tolist() == [-1, 2]
+    assert client.classify("two", {"x": x}, "y", 1, "1") == [[Class(1, 0, None)]]
+    assert client.classify("two", {"x": x}, "y", 1) == [[Class(2, 1, None)]]
+
+    assert [each.version for each in client.statistics("two", "1")] == ["1"]
+    assert [each.version for each in client.statistics("two")] == ["1", "2"]
+    assert client.metadata("two", "1").versions == (1,)
+    assert [client.ready("two", version) for version in ("1", "3")] == [True, False]
 
 
 def test_metadata_is_read_into_our_own_types(client):

@@ -1,10 +1,14 @@
 """Every call of the protocol over a real socket, and what it must answer."""
 
 import json
+import queue
 import subprocess
 import sys
+import threading
+import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -12,16 +16,31 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from onnx import TensorProto, helper
 
 from bundle.model import load_model
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serve.client import Client
 from serve.config import ServeConfig
+from serve.errors import ServerError
+from serve.scheduler import Job
 from serve.server import start
-from tests.serve_bundles import TASKS, identity, png, write_image_bundle, write_text_bundle
+from tests.scheduling import PATIENCE_S
+from tests.serve_bundles import TASKS, identity, model_bytes, png, write_image_bundle, write_text_bundle
 
 TEXTS = [b"the film is good", b"", b"bad bad film", "né".encode()]
+RANKED = "instance_group { count: 1 } dynamic_batching { priority_levels: 2 default_priority_level: 2 }"
+OFFSET = 'max_batch_size: 4 input { name: "x" } input { name: "by" optional: true }'
+
+
+def offset():
+    """A graph that adds to its rows a number that may be left out, and one that its configuration does not name."""
+    number = TensorProto.FLOAT
+    nodes = [helper.make_node("Add", ["x", "by"], ["sum"]), helper.make_node("Add", ["sum", "more"], ["y"])]
+    inputs = [("x", number, ["rows", 1]), ("by", number, ["any", 1]), ("more", number, ["some", 1])]
+    constants = {"by": np.float32([[10]]), "more": np.float32([[100]])}
+    return model_bytes(nodes, inputs, [("y", number, ["rows", 1])], constants)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +58,10 @@ def models(tmp_path_factory):
         (root / np.dtype(dtype).name / "1" / "model.onnx").write_bytes(identity(dtype, [None, 2]))
     (root / "scalar" / "1").mkdir(parents=True)
     (root / "scalar" / "1" / "model.onnx").write_bytes(identity(np.float32, []))
+    for name, graph, said in [("ranked", identity(np.float32, []), RANKED), ("offset", offset(), OFFSET)]:
+        (root / name / "1").mkdir(parents=True)
+        (root / name / "1" / "model.onnx").write_bytes(graph)
+        (root / name / "config.pbtxt").write_text(said)
     return root
 
 
@@ -334,6 +357,96 @@ def test_harmless_parameters_are_accepted(stub):
     request.parameters["mine"].double_param = 0.5
 
     assert list(stub.ModelInfer(request).raw_output_contents) == [bytes(8)]
+
+
+def test_inputs_that_a_configuration_calls_optional_may_be_left_out(stub, client):
+    """The graph has a value for them; one that the configuration does not name is not taken."""
+    x, by = np.float32([[1], [2]]), np.float32([[0], [5]])
+
+    assert client.infer("offset", {"x": x})["y"].tolist() == [[111], [112]]
+    assert client.infer("offset", {"x": x, "by": by})["y"].tolist() == [[101], [107]]
+    with pytest.raises(ServerError, match="input 'x' is missing"):
+        client.infer("offset", {"by": by})
+    with pytest.raises(ServerError, match="unexpected input 'more'; the model takes 'x', 'by'"):
+        client.infer("offset", {"x": x, "more": by})
+    config = stub.ModelConfig(pb.ModelConfigRequest(name="offset")).config
+    assert [(spec.name, spec.optional) for spec in config.input] == [("x", False), ("by", True)]
+
+
+def asked(value, **parameters):
+    """A request to the model that is held."""
+    request = pb.ModelInferRequest(model_name="ranked", raw_input_contents=[np.float32(value).tobytes()])
+    request.inputs.add(name="x", datatype="FP32")
+    for key, number in parameters.items():
+        request.parameters[key].int64_param = number
+    return request
+
+
+@pytest.fixture
+def held(server):
+    """The queue of a model whose one instance runs a 0 until it is let go, and all that it runs after that."""
+    served, values, go = server._repository.find("ranked", ""), queue.Queue(), threading.Event()
+    run = served.model.run
+
+    def wait(decoded, size):
+        values.put(float(decoded[0]["x"]))
+        assert go.wait(PATIENCE_S)
+        return run(decoded, size)
+
+    object.__setattr__(served.model, "run", wait)
+    served.scheduler.submit(Job({"x": np.float32(0)}, rows=1, key=None, done=lambda outcome: None))
+    assert values.get(timeout=PATIENCE_S) == 0
+    yield SimpleNamespace(queue=served.scheduler, values=values, go=go)
+    go.set()
+    object.__setattr__(served.model, "run", run)
+
+
+def until_wait(requests, held):
+    """Return when so many requests wait, which no event tells."""
+    end = time.monotonic() + PATIENCE_S
+    while held.queue.pending < requests:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_a_request_of_a_higher_priority_is_run_first(stub, held):
+    """Though it came last; who asks for none has the model's default, and a level that is not there is refused."""
+    calls = []
+    for value, priority in [(1, 2), (2, 0), (3, 1)]:
+        calls.append(stub.ModelInfer.future(asked(value, priority=priority)))
+        until_wait(len(calls), held)
+    with pytest.raises(grpc.RpcError, match="priority is 3; expected 1") as refused:
+        stub.ModelInfer(asked(4, priority=3))
+
+    held.go.set()
+
+    for call in calls:
+        call.result(PATIENCE_S)
+    assert [held.values.get_nowait() for _ in calls] == [3, 1, 2]
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_request_waits_no_longer_than_its_timeout(stub, held):
+    """It is refused while the model still runs another, and is never run."""
+    with pytest.raises(grpc.RpcError, match="Request timeout expired") as refused:
+        stub.ModelInfer(asked(1, timeout=1000), timeout=PATIENCE_S)
+
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert held.values.empty()
+
+
+def test_a_request_that_does_not_fit_its_model_is_counted(stub):
+    """Among the failures of the model that it was for."""
+
+    def failures():
+        (statistics,) = stub.ModelStatistics(pb.ModelStatisticsRequest(name="echo")).model_stats
+        return statistics.inference_stats.fail.count
+
+    before = failures()
+    with pytest.raises(grpc.RpcError, match="unexpected input 'z'"):
+        stub.ModelInfer(pb.ModelInferRequest(model_name="echo", inputs=[{"name": "z"}]))
+
+    assert failures() == before + 1
 
 
 @pytest.mark.parametrize("service", ["", "mood", "mood.onnx", "echo"])
