@@ -218,10 +218,10 @@ class _Calls(grpc.GenericRpcHandler):  # type: ignore[misc]
 
 
 def _refusal(error: Exception) -> grpc.RpcMethodHandler:
-    async def refuse(requests: AsyncIterator[bytes], context: Context) -> bytes:
-        return _failed(error, context, b"")
+    async def refuse(requests: AsyncIterator[bytes], context: Context) -> None:
+        _failed(error, context, None)
 
-    return grpc.stream_unary_rpc_method_handler(refuse)
+    return grpc.stream_stream_rpc_method_handler(refuse)  # of any kind of call: there is no message in the answer
 
 
 def _answering(call: Call, response: type[Any]) -> Callable[[AsyncIterator[Any], Context], Awaitable[Any]]:

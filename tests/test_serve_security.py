@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from bundle.log import captured
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as rpc
+from serve import wire
 from serve.config import ServeConfig
 from serve.errors import PermissionDenied, StartError, Unauthenticated
 from serve.security import Tokens, credentials, private_socket, warn_exposed
@@ -535,6 +536,16 @@ def test_a_server_with_tokens_answers_those_who_have_one(serving, files):
         assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
 
 
+@pytest.mark.parametrize("path", [CALL + "ModelStreamInfer", CALL + "ModelInfer", wire.REFLECTION])
+def test_a_call_that_is_refused_has_no_answer(serving, files, path):
+    """Who reads a stream gets its status, and no message before it that says nothing."""
+    with serving(**files) as server, calling(server) as (_, channel):
+        answers = channel.stream_stream(path)(iter([b""]), timeout=20)
+        with pytest.raises(grpc.RpcError):
+            next(answers)
+        assert answers.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
 def test_administration_needs_its_own_token_over_the_wire(serving, files):
     """A token for inference may call, but not unload."""
     request = pb.RepositoryModelUnloadRequest(model_name="echo")
@@ -625,6 +636,43 @@ def test_more_than_fits_is_refused_and_the_next_call_is_answered(serving):
         requests.put(None)
         assert list(first) == []
         assert code(stub.ModelStreamInfer, iter([numbers(1)])) is grpc.StatusCode.OK
+
+
+def test_one_connection_too_many_is_closed(serving, monkeypatch):
+    """The clients before it are answered, and so is the next one when one of them has gone."""
+    monkeypatch.setitem(wire._OPTIONS, "grpc.max_allowed_incoming_connections", 1)
+    with serving() as server:
+        with calling(server) as (stub, _), calling(server) as (other, _):
+            assert code(stub.ModelInfer, numbers(1)) is grpc.StatusCode.OK
+            assert code(other.ModelInfer, numbers(1)) is grpc.StatusCode.UNAVAILABLE
+            assert code(stub.ModelInfer, numbers(1)) is grpc.StatusCode.OK
+        with calling(server) as (other, _):
+            assert code(other.ModelInfer, numbers(1), wait_for_ready=True) is grpc.StatusCode.OK
+
+
+def test_one_call_too_many_on_a_connection_waits(serving, monkeypatch):
+    """It is not refused: the client sends it when one of the others has ended."""
+    monkeypatch.setitem(wire._OPTIONS, "grpc.max_concurrent_streams", 1)
+    with serving() as server, calling(server) as (stub, _):
+        requests = queue.SimpleQueue()
+        first = stub.ModelStreamInfer(iter(requests.get, None))
+        requests.put(numbers(1))
+        next(first)
+        second = stub.ModelInfer.future(numbers(1), timeout=20)
+        for _ in range(20):
+            requests.put(numbers(1))
+            next(first)
+        assert not second.done()
+        requests.put(None)
+        assert second.code() is grpc.StatusCode.OK
+
+
+def test_connections_and_their_calls_have_a_limit():
+    """As docs/operations.md says."""
+    limits = dict(wire.options(config()))
+
+    assert limits["grpc.max_allowed_incoming_connections"] == 1024
+    assert limits["grpc.max_concurrent_streams"] == 1024
 
 
 def test_a_refused_example_is_not_kept(serving):
