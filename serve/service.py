@@ -2,6 +2,7 @@
 
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -285,7 +286,7 @@ class Service:
         """Count, log and trace what was begun, and what became of it."""
         self._leave()
         if inference.trace or logs.logs_requests():
-            self._tell(inference, code_of(error) if error else grpc.StatusCode.OK)
+            self._tell(inference, _told(inference, error))
 
     def _enter(self) -> None:
         with self._lock:
@@ -316,6 +317,14 @@ class Service:
     def ready(self) -> bool:
         """Whether it takes calls."""
         return not self._draining
+
+
+def _told(inference: Inference, error: BaseException | None) -> grpc.StatusCode:
+    """What the client was told: gRPC itself ends a call whose deadline has passed, whatever comes of its run."""
+    deadline = inference.job.deadline if inference.job else None
+    if deadline is not None and time.monotonic() >= deadline:
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+    return code_of(error) if error else grpc.StatusCode.OK
 
 
 @cache

@@ -1,6 +1,8 @@
 import importlib
 import os
+import queue
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -16,9 +18,13 @@ from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as rpc
 from serve import tracing
 from serve.config import ServeConfig
+from serve.envelope import parse_request
 from serve.errors import StartError
 from serve.queue import Times
+from serve.repository import open_repository
 from serve.server import start
+from serve.service import Service
+from serve.shared_memory import Regions
 from serve.tracing import OtlpTracer, Tracer
 from tests.serve_bundles import identity
 
@@ -132,6 +138,25 @@ def test_a_failure_of_the_server_is_an_error_and_a_clients_is_not(code, status, 
 def test_a_long_id_is_cut(spans):
     """A client cannot make a span as large as a message."""
     assert traced(spans, id="x" * 10_000)["ModelInfer"].attributes["edgeward.id"] == "x" * 200
+
+
+@pytest.mark.parametrize(("passed", "code"), [(False, grpc.StatusCode.OK), (True, grpc.StatusCode.DEADLINE_EXCEEDED)])
+def test_a_deadline_that_passes_during_the_run_is_what_the_client_was_told(passed, code, spans, tmp_path):
+    """gRPC has ended the call then, whatever the model answers."""
+    (tmp_path / "same.onnx").write_bytes(identity(np.float32, [1]))
+    config = ServeConfig((tmp_path / "same.onnx",), device="cpu")
+    repository, outcomes = open_repository(config), queue.SimpleQueue()
+    service = Service(config, repository, Regions(enabled=False), Tracer(SimpleSpanProcessor(spans)))
+    request = pb.ModelInferRequest(model_name="same", raw_input_contents=[b"\0\0\0\0"])
+    request.inputs.add(name="x", datatype="FP32", shape=[1])
+    asked = parse_request(request.SerializeToString()), (), outcomes.put, time.monotonic() + 3600
+    with service.call(*asked) as inference:
+        assert inference.answer(outcomes.get(timeout=30))
+        inference.job.deadline -= 3600 * passed
+    repository.close(0)
+
+    calls = [span for span in spans.get_finished_spans() if span.kind is SpanKind.SERVER]
+    assert [call.attributes["rpc.grpc.status_code"] for call in calls] == [code.value[0]]
 
 
 class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
