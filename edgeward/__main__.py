@@ -49,8 +49,16 @@ def _say(text: str) -> None:
     sys.stderr.write(f"edgeward: {text}\n")
 
 
+def _open_standard() -> None:
+    """Put /dev/null where stdin, stdout or stderr is closed: else a socket would be there, and get what is printed."""
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(opened, True)
+    os.close(opened)
+
+
 def main() -> None:
     """The console script."""
+    _open_standard()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -226,6 +226,16 @@ def test_scoring_is_silent(run_guarded, tmp_path):
     assert attempts == []
 
 
+def test_what_is_closed_at_the_start_is_no_sockets_place():
+    """Where the command was started without stderr, what a library writes to it reaches no client."""
+    show = "lambda arguments: print(*((os.readlink(f'/proc/self/fd/{fd}'), os.get_inheritable(fd)) for fd in (0, 2)))"
+    program = f"import os; from edgeward import __main__ as command; command.run = {show}; command.main()"
+    closing = [shutil.which("sh"), "-c", 'exec "$0" -c "$1" <&- 2>&-', sys.executable, program]
+    done = subprocess.run(closing, stdout=subprocess.PIPE, text=True, check=True)
+
+    assert done.stdout == "('/dev/null', True) ('/dev/null', True)\n"
+
+
 def test_training_and_export_are_silent(run_guarded, text_checkpoint, tmp_path):
     """A model is fine-tuned, compiled and gated without a word to anyone, or a file at home that is not our cache."""
     config = load_checkpoint(text_checkpoint).spec.provenance.config
