@@ -34,6 +34,7 @@ except ImportError as error:
 LAST_SPANS_S = 2.0  # that a collector has for them when the server stops
 
 _SERVICE = "inference.GRPCInferenceService"
+_METHOD = "ModelInfer"  # of the requests of a stream, too: each is a call of its own here
 _HEADERS = ("traceparent", "tracestate")
 _MAX_TEXT = 200  # characters of a name or an id that a client chose
 _OURS = {  # codes that are a server's fault, by OpenTelemetry's conventions for RPC
@@ -86,7 +87,6 @@ class Tracer:
         self,
         begun: Begun,
         *,
-        method: str = "ModelInfer",
         model: str,
         version: int | str,
         id: str,
@@ -98,7 +98,6 @@ class Tracer:
 
         Args:
             begun: what `begin` gave.
-            method: of the protocol.
             model: the name that it asked for.
             version: that answered; what was asked for where none did.
             id: that the client gave it.
@@ -109,7 +108,7 @@ class Tracer:
         attributes = {
             "rpc.system": "grpc",
             "rpc.service": _SERVICE,
-            "rpc.method": method,
+            "rpc.method": _METHOD,
             "rpc.grpc.status_code": code.value[0],
             "edgeward.model": model[:_MAX_TEXT],
             "edgeward.version": str(version),
@@ -117,7 +116,7 @@ class Tracer:
             "edgeward.rows": rows,
         }
         span = self._tracer.start_span(
-            f"{_SERVICE}/{method}",
+            f"{_SERVICE}/{_METHOD}",
             begun.parent,
             trace.SpanKind.SERVER,
             attributes,
