@@ -15,13 +15,14 @@ from protos import inference_pb2 as pb
 
 ATTEMPTS = 5  # of one call; gRPC allows no more
 
-_AGAIN = (  # asking twice does no harm, and the answer is not whether somebody is there
+# Asking twice does no harm, and the answer is not whether somebody is there. No streams: with a retry policy grpcio 1.85
+# never ends one whose server dies before the first answer.
+_AGAIN = (
     "ServerMetadata",
     "ModelMetadata",
     "ModelConfig",
     "ModelStatistics",
     "ModelInfer",
-    "ModelStreamInfer",
     "RepositoryIndex",
     "SystemSharedMemoryStatus",
 )
