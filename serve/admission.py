@@ -39,6 +39,8 @@ class Admission:
         self._refused: dict[Kind, int] = {"bytes": 0, "streams": 0}
         self._requests = 0
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)  # a request is let in no more, while somebody waits for that
+        self._awaited = False
 
     def request(self, size: int) -> "Hold":
         """Let a request in; its bytes count until the hold is released.
@@ -65,6 +67,12 @@ class Admission:
             held, refused = self._held, self._refused
             return Admitted(self._requests, held["bytes"], held["streams"], refused["bytes"], refused["streams"])
 
+    def wait(self, timeout_s: float) -> bool:
+        """Until no request is in work, and their answers are written; whether that came in time."""
+        with self._ended:
+            self._awaited = True
+            return self._ended.wait_for(lambda: not self._requests, timeout_s)
+
     def _take(self, kind: Kind, amount: int) -> "Hold":
         with self._lock:
             held, limit = self._held[kind], self._limits[kind]
@@ -87,6 +95,8 @@ class Admission:
             hold.released = True
             self._held[hold.kind] -= hold.amount
             self._requests -= hold.kind == "bytes"
+            if self._awaited:
+                self._ended.notify_all()
 
 
 class Hold:

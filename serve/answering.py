@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import count
 from typing import Any, Protocol
 
@@ -85,6 +85,7 @@ class Answering:
         """
         self._service, self._admission, self._health, self._step_aside = service, admission, health, step_aside
         self._blocking = ThreadPoolExecutor(2, "blocking")  # its threads start with the first call
+        self._blocked: set[Future[None]] = set()
         prefix = f"/{wire.SERVICE.full_name}/"
         plain = [method for method in wire.SERVICE.methods if method.name not in ("ModelInfer", "ModelStreamInfer")]
         self.unary = {
@@ -98,20 +99,23 @@ class Answering:
             wire.REFLECTION: self._reflect,
         }
 
-    def close(self) -> None:
-        """Wait for what blocks."""
-        self._blocking.shutdown()
+    def close(self, wait_s: float) -> bool:
+        """Wait for what blocks, and say whether it has ended."""
+        self._blocking.shutdown(wait=False, cancel_futures=True)
+        return not wait(list(self._blocked), wait_s).not_done
 
     def _plain(self, name: str, kind: str) -> Callable[[Call, bytes | None], None]:
         """A call that needs its request alone."""
         parse, ask = parser(kind), getattr(self._service, name)
         answer = _answering(lambda data: ask(parse(data)).SerializeToString())
 
-        def wait(call: Call, data: bytes | None) -> None:
+        def hand_over(call: Call, data: bytes | None) -> None:
             call.watch(nothing)
-            self._blocking.submit(answer, call, data)
+            blocked = self._blocking.submit(answer, call, data)
+            self._blocked.add(blocked)
+            blocked.add_done_callback(self._blocked.discard)
 
-        return wait if name in wire.BLOCKING else answer
+        return hand_over if name in wire.BLOCKING else answer
 
     def _infer(self, call: Call, data: bytes | None) -> None:
         if data is None:
@@ -268,12 +272,13 @@ class _Inferences:
         self._step_aside = step_aside
         self._ends = dict(stream.metadata).get(wire.ENDS) == "true"
         self._works: deque[tuple[str, Work]] = deque()
+        self._unsent: deque[Work] = deque()  # whose answers the client has not taken
         self._reading = self._more = True
         self._closed = False
         self._fault: Exception | None = None  # the client's, told after the answers
         self._lock = threading.RLock()
         stream.watch(self._cancel)
-        stream.on_sent(self._read_on)
+        stream.on_sent(self._sent)
 
     def read(self) -> None:
         """Take the next request."""
@@ -306,9 +311,14 @@ class _Inferences:
             self._reading = True
         self.read()
 
+    def _sent(self) -> None:
+        self._unsent.popleft().release()
+        self._read_on()
+
     def _answered(self, work: Work) -> None:
-        work.release()
         with self._lock:
+            if self._closed:
+                work.release()
             self._advance()
 
     def _advance(self) -> None:
@@ -316,8 +326,10 @@ class _Inferences:
         while not self._closed and self._works and self._works[0][1].ended:
             name, work = self._works.popleft()
             if work.error and self._ends:
+                work.release()
                 self._close(work.error)
                 return
+            self._unsent.append(work)
             self._stream.send(_streamed(name, work))
         if not (self._closed or self._more or self._works):
             self._close(self._fault)
@@ -332,6 +344,8 @@ class _Inferences:
     def _cancel(self) -> None:
         with self._lock:
             self._drop()
+        for work in self._unsent:
+            work.release()
 
     def _drop(self) -> None:
         """Nobody reads the answers any more: what was begun is cancelled."""
@@ -341,6 +355,8 @@ class _Inferences:
         self._ended()
         for work in left:
             work.cancel()
+            if work.ended:
+                work.release()
 
 
 def _aside() -> bool:

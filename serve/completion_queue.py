@@ -310,15 +310,22 @@ class Transport:
         """From now on grpc.health.v1 says of everything that it is not served."""
         self._health.stop()
 
-    def stop(self, grace_s: float) -> None:
-        """Close the socket; calls may go on for so many seconds, then they are cut off."""
+    def stop(self, grace_s: float) -> bool:
+        """Close the socket; calls may go on for so many seconds, then they are cut off.
+
+        Returns:
+            Whether all has ended: a model that runs cannot be stopped, nor one that is being loaded.
+        """
         self._server.shutdown(self._queue, self._stopped)
         if not self._ended.wait(grace_s):
             self._server.cancel_all_calls()
+        over = time.monotonic() + wire.END_S
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, over - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            return False
         self._server.destroy()
-        self._answering.close()
+        return self._answering.close(max(0.0, over - time.monotonic()))
 
     def _bind(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
         secret = () if credentials is None else (credentials._credentials,)

@@ -2,14 +2,15 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from bundle.log import log
-from serve import completion_queue, security
+from serve import completion_queue, security, wire
 from serve.admission import Admission
 from serve.config import ServeConfig
 from serve.errors import StartError
@@ -116,27 +117,33 @@ class Server:
         """That the models run on."""
         return sorted({served.model.device for served in self._repository})
 
-    def stop(self, drain_s: float | None = None) -> None:
-        """Say that it is not ready, let running calls end, close the socket.
+    def stop(self, drain_s: float | None = None) -> bool:
+        """Say that it is not ready, let running calls end and their answers be written, close the socket.
 
         Args:
             drain_s: how long calls may go on; by default what the config says. Later they are cut off.
+
+        Returns:
+            Whether all has ended: a model that runs cannot be stopped, nor one that is being loaded.
         """
         limit = self._config.drain_s if drain_s is None else drain_s
         self._ready = False
-        if self._watcher:
-            self._watcher.stop()
         self._transport.set_stopping()
-        drained = self._service.drain(limit)
+        self._service.drain()
+        looking = self._watcher is not None and not self._watcher.stop(0)
+        drained = self._admission.wait(limit)
         if not drained:
             log.warning("calls cut off", drain_s=limit)
-        self._transport.stop(_LAST_BYTES_S if drained else 0)
-        self._repository.close(0)
+        ended = self._transport.stop(_LAST_BYTES_S if drained else 0)
+        if self._watcher and looking:
+            ended &= self._watcher.stop(wire.END_S)
+        ended &= self._repository.close(0)
         if self._http:
             self._http.stop()
         if self._tracer:
             self._tracer.close()
         log.info("stopped", address=self.address)
+        return ended
 
 
 def start(config: ServeConfig) -> Server:
@@ -147,9 +154,13 @@ def start(config: ServeConfig) -> Server:
     """
     security.warn_exposed(config)
     server = Server(config)
+    _tell_ready(server)
+    return server
+
+
+def _tell_ready(server: Server) -> None:
     http = {"http_port": server.http_port} if server.http_port else {}
     log.info("ready", address=server.address, **http, models=server.models(), devices=server.devices())
-    return server
 
 
 def serve(config: ServeConfig) -> None:
@@ -167,26 +178,38 @@ def serve(config: ServeConfig) -> None:
 
 
 def _serve(config: ServeConfig) -> None:
-    stopping, started = threading.Event(), False
+    stopping = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if stopping.is_set():
+        if stopping.is_set() or not served:
             os._exit(128 + number)  # as the first process of a container, too, where no signal has a default action
         stopping.set()
-        if not started:
-            raise SystemExit(128 + number)
 
+    served = False
     heard = [each for each in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(each) is not signal.SIG_IGN]
-    previous = {each: signal.signal(each, stop) for each in heard}
+    early = stop if os.getpid() == 1 else signal.SIG_DFL  # which ends a process also while a library keeps Python out
+    previous = {each: signal.signal(each, early) for each in heard}
     try:
-        server = start(config)
-        started = True
+        security.warn_exposed(config)
+        server = Server(config)
+        served = True
+        for each in heard:
+            signal.signal(each, stop)
+        _tell_ready(server)
         stopping.wait()
         log.info("draining", address=server.address, drain_s=config.drain_s)
-        server.stop()
+        if not server.stop():
+            _leave()
     finally:
         for each, before in previous.items():
             signal.signal(each, before)
+
+
+def _leave() -> None:
+    """End the process in spite of a thread that is in the runtime, for which Python would wait, or abort."""
+    with suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(0)
 
 
 def _tracer(config: ServeConfig) -> "OtlpTracer | None":

@@ -1,7 +1,6 @@
 """The calls of the protocol, message in, message out. No transport: it maps the errors to a status and moves bytes."""
 
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -95,9 +94,6 @@ class Service:
     ) -> None:
         self._config, self._repository, self._regions, self._tracer = config, repository, regions, tracer
         self._draining = False
-        self._running = 0
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)  # a call ended
 
     def ServerLive(self, request: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
         """True wherever it can be asked."""
@@ -274,7 +270,8 @@ class Service:
         inference = Inference(request, self._regions, done, deadline, step_aside)
         if self._tracer:
             inference.trace = self._tracer.begin(metadata)
-        self._enter()
+        if self._draining:
+            raise NotReady("the server is stopping and takes no new calls")
         try:
             self._repository.call(request.envelope.model_name, request.envelope.model_version, inference.queue)
         except BaseException as error:
@@ -283,22 +280,9 @@ class Service:
         return inference
 
     def end(self, inference: Inference, error: BaseException | None) -> None:
-        """Count, log and trace what was begun, and what became of it."""
-        self._leave()
+        """Log and trace what was begun, and what became of it."""
         if inference.trace or logs.logs_requests():
             self._tell(inference, _told(inference, error))
-
-    def _enter(self) -> None:
-        with self._lock:
-            if self._draining:
-                raise NotReady("the server is stopping and takes no new calls")
-            self._running += 1
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._running -= 1
-            if self._draining:
-                self._changed.notify_all()
 
     def _tell(self, inference: Inference, code: grpc.StatusCode) -> None:
         facts = inference.facts()
@@ -307,11 +291,9 @@ class Service:
         if self._tracer and inference.trace:
             self._tracer.end(inference.trace, **facts, code=code)
 
-    def drain(self, timeout_s: float) -> bool:
-        """Refuse new inference calls and wait for the running ones; whether all of them ended in time."""
-        with self._changed:
-            self._draining = True
-            return self._changed.wait_for(lambda: self._running == 0, timeout_s)
+    def drain(self) -> None:
+        """Refuse inference calls from now on."""
+        self._draining = True
 
     @property
     def ready(self) -> bool:

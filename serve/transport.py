@@ -67,11 +67,16 @@ class Transport:
         """From now on grpc.health.v1 says of everything that it is not served."""
         self._on_loop(self._health.enter_graceful_shutdown())
 
-    def stop(self, grace_s: float) -> None:
-        """Close the socket; calls may go on for so many seconds, then they are cut off."""
+    def stop(self, grace_s: float) -> bool:
+        """Close the socket; calls may go on for so many seconds, then they are cut off.
+
+        Returns:
+            Whether all has ended: a model that is being loaded cannot be stopped.
+        """
         self._on_loop(self._server.stop(grace_s))
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._thread.join(wire.END_S)
+        return not self._thread.is_alive()
 
     def _on_loop(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -132,17 +137,24 @@ class Transport:
     async def _infer(self, request: Request, context: Context) -> bytes:
         left = context.time_remaining()
         deadline = None if left is None else time.monotonic() + left
+        hold = self._admission.request(request.size)
+        context.add_done_callback(lambda _: hold.release())
         return await self._answered(request, context.invocation_metadata(), deadline)
 
+    async def _admitted(self, request: Request, metadata: Metadata) -> bytes:
+        """The answer to one request of a stream."""
+        with self._admission.request(request.size):
+            return await self._answered(request, metadata, None)
+
     async def _answered(self, request: Request, metadata: Metadata, deadline: float | None) -> bytes:
-        """The answer to one request, on whatever call it came; its work is dropped when the call is cancelled."""
+        """The answer to one request that was let in; its work is dropped when the call is cancelled."""
         waiting: asyncio.Future[Any] = self._loop.create_future()
 
         def done(outcome: Any) -> None:
             with suppress(RuntimeError):  # the loop is closed: the call was cut off
                 self._loop.call_soon_threadsafe(_settle, waiting, outcome)
 
-        with self._admission.request(request.size), self._service.call(request, metadata, done, deadline) as inference:
+        with self._service.call(request, metadata, done, deadline) as inference:
             try:
                 return inference.answer(await waiting)
             except asyncio.CancelledError:
@@ -158,7 +170,7 @@ class Transport:
         async def read() -> None:
             try:
                 async for request in requests:
-                    task = asyncio.create_task(self._answered(request, metadata, None))
+                    task = asyncio.create_task(self._admitted(request, metadata))
                     try:
                         await started.put((request.id, task))
                     except asyncio.CancelledError:

@@ -18,6 +18,7 @@ ENDS = "triton_grpc_error"  # metadata: an error ends the stream, as its status
 
 WINDOW = 64  # requests of one stream that are in work; more are not read
 RECEIVE_S = 60  # in which a request has to arrive
+END_S = 2.0  # for what cannot be stopped to end by itself, when a server has
 
 _ANSWER = bytes([2 << 3 | 2])  # the tag of infer_response
 _LAST: bytes = pb.ModelInferResponse(

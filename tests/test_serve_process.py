@@ -223,7 +223,7 @@ def test_a_drained_service_refuses_by_status(slow):
     """The refusal comes from the service itself, so that every transport says the same."""
     config = ServeConfig(paths=(slow,), device="cpu", threads=1)
     service = Service(config, open_repository(config), Regions(enabled=False))
-    assert service.drain(0)
+    service.drain()
 
     assert not service.ServerReady(pb.ServerReadyRequest()).ready
     assert not service.ModelReady(pb.ModelReadyRequest(name="slow")).ready

@@ -1,0 +1,193 @@
+"""How a server ends: what it still does, what it waits for, and for how long."""
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from serve import wire
+from serve.client import Client
+from serve.config import ServeConfig
+from serve.repository import Repository
+from serve.server import start
+from tests.serve_bundles import counter, identity, model_bytes
+
+MANY = 12_000_000  # float32, 48 MB: more than the buffers of two sockets hold
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from bundle.log import configure
+configure(json=True)
+from serve.config import ServeConfig
+from serve.server import serve
+{before}
+options = {{"device": "cpu", "threads": 1, "instances": 1, "drain_s": 0.1, "admin": True}}
+serve(ServeConfig((Path(sys.argv[1]),), port=0, transport=sys.argv[2], **options))
+"""
+
+
+def run_server(path, transport="auto", before="pass"):
+    command = [sys.executable, "-c", PROGRAM.format(before=before), str(path), transport]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(process, word):
+    """The first line of the log with this word."""
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if word in line:
+            return line
+    raise AssertionError(f"the server ended without {word!r}: {''.join(lines)}")
+
+
+def address_in(line):
+    return line.split('"address": "')[1].split('"')[0]
+
+
+@pytest.fixture(params=["auto", "asyncio"])
+def transport(request):
+    return request.param
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_run_that_outlasts_the_drain_does_not_keep_the_process(tmp_path, transport, streamed):
+    """It cannot be stopped, and Python would wait for its thread, or abort."""
+    path = tmp_path / "slow.onnx"
+    path.write_bytes(counter())
+    with run_server(path, transport) as process, ThreadPoolExecutor() as pool:
+        client = Client(address_in(wait_for(process, "ready")))
+        feeds = {"n": np.array(10_000_000_000)}
+        if streamed:
+            call = pool.submit(lambda: list(client.stream("slow", [feeds])))
+        else:
+            call = pool.submit(client.infer, "slow", feeds)
+        while not _busy(client):
+            pass
+        process.terminate()
+        wait_for(process, "stopped")
+        assert process.wait(60) == 0
+        assert call.exception() is not None
+        client.close()
+
+
+def _busy(client):
+    """Whether a second call has to wait, and is then given up: the first one runs."""
+    try:
+        client.infer("slow", {"n": np.array(0)}, timeout_s=0.2)
+    except Exception:
+        return True
+    return False
+
+
+@pytest.fixture
+def server(tmp_path, transport):
+    path = tmp_path / "zeros.onnx"
+    node = helper.make_node("ConstantOfShape", ["n"], ["y"])
+    path.write_bytes(model_bytes([node], [("n", TensorProto.INT64, [1])], [("y", TensorProto.FLOAT, ["n"])]))
+    return start(ServeConfig((path,), port=0, device="cpu", threads=1, transport=transport))
+
+
+class Narrow:
+    """A way to a server on which its answers stop after the first megabyte, until they are let go."""
+
+    def __init__(self, port):
+        self.let_go = threading.Event()
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
+        threading.Thread(target=self._accept, args=(port,), daemon=True).start()
+
+    def _accept(self, port):
+        with self._listening:
+            client, server = self._listening.accept()[0], socket.create_connection(("127.0.0.1", port))
+        threading.Thread(target=_pump, args=(client, server, None), daemon=True).start()
+        _pump(server, client, self.let_go)
+
+
+def _pump(source, target, let_go):
+    passed = 0
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            passed += len(data)
+            if let_go and passed > 1 << 20:
+                let_go.wait(60)
+            target.sendall(data)
+    with suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
+    source.close()
+
+
+def test_an_answer_that_is_being_written_is_written_to_its_end(server):
+    """Whoever reads slowly has the drain's time for it, as one whose model still runs."""
+    narrow = Narrow(server.port)
+    with Client(narrow.address) as slow, Client(server.address) as client, ThreadPoolExecutor() as pool:
+        answer = pool.submit(slow.infer, "zeros", {"n": np.array([MANY])})
+        while not client.statistics("zeros")[0].inference_count:
+            pass
+        stopped = pool.submit(server.stop, 60)
+        time.sleep(2)  # twice as long as the last bytes of what is drained may take
+        assert not stopped.done()
+        narrow.let_go.set()
+
+        assert answer.result()["y"].shape == (MANY,)
+        assert stopped.result()
+
+
+def test_while_a_model_is_loaded_a_stopping_server_says_so(tmp_path, transport, monkeypatch):
+    """Readiness and health do not wait for a look at the disk, nor does the end."""
+    path, let_go, looks = tmp_path / "echo.onnx", threading.Event(), threading.Event()
+    path.write_bytes(identity(np.float32, [None, 2]))
+    monkeypatch.setattr(wire, "END_S", 0.1)
+    monkeypatch.setattr(Repository, "refresh", lambda self: looks.set() or let_go.wait(60))
+    server = start(ServeConfig((path,), port=0, device="cpu", threads=1, watch=True, transport=transport))
+    assert looks.wait(60)
+
+    assert not server.stop()
+
+    assert not server._service.ready
+    let_go.set()
+
+
+def test_a_load_that_outlasts_the_drain_does_not_keep_the_process(tmp_path, transport):
+    """A client has asked for it."""
+    path = tmp_path / "echo.onnx"
+    path.write_bytes(identity(np.float32, [None, 2]))
+    before = """
+import time
+from serve.repository import Repository
+Repository.load = lambda self, name: sys.stderr.write("loading\\n") and time.sleep(3600)
+"""
+    with run_server(path, transport, before) as process, ThreadPoolExecutor() as pool:
+        client = Client(address_in(wait_for(process, "ready")))
+        call = pool.submit(client.load, "echo")
+        wait_for(process, "loading")
+        process.terminate()
+        assert process.wait(60) == 0
+        assert call.exception() is not None
+        client.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_before_it_is_ready_a_signal_ends_it_at_once(tmp_path, number):
+    """Also while a library keeps Python from running, as ONNX Runtime does while it loads a model."""
+    path = tmp_path / "echo.onnx"
+    path.write_bytes(identity(np.float32, [None, 2]))
+    before = """
+import ctypes
+import serve.server as module
+module.open_repository = lambda config: sys.stderr.write("loading\\n") and ctypes.PyDLL(None).sleep(3600)
+"""
+    with run_server(path, "auto", before) as process:
+        wait_for(process, "loading")
+        process.send_signal(number)
+
+        assert process.wait(60) == -number
