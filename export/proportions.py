@@ -69,7 +69,7 @@ def best_certifiable(n: int, confidence: float = 0.95) -> float:
 
 
 def fewest_examples(budget: float, confidence: float = 0.95) -> int:
-    """The fewest examples with which any candidate can pass a budget."""
+    """The fewest examples with which a candidate that changes no answer can pass a budget, which is more than 0."""
     z = NormalDist().inv_cdf(confidence)
     return ceil(z * z * (1 - budget) / budget)
 

@@ -84,7 +84,9 @@ def _announce(source: Source, config: ExportConfig) -> None:
     budget, confidence = config.max_drop / 100, config.confidence
     best = proportions.best_certifiable(source.gate_size, confidence)
     log.info("gate split", examples=source.gate_size, certifies_at_best=round(best, 5), budget=budget)
-    if best > budget:
+    if budget == 0:
+        log.warning("only what is better than the reference can pass a budget of 0", examples=source.gate_size)
+    elif best > budget:
         log.warning(
             "the gate split is too small for the budget: fp32 will ship",
             examples=source.gate_size,

@@ -113,6 +113,16 @@ def test_a_variant_that_cannot_be_compiled_is_in_the_report(checkpoint, tmp_path
         export_checkpoint(ExportConfig(checkpoint, out=tmp_path / "c", variant="int8-static", **options))
 
 
+def test_a_budget_of_nothing_is_a_budget(checkpoint, tmp_path, capsys):
+    """What cannot be shown to be better than the reference does not pass it, and the report is whole."""
+    config = ExportConfig(checkpoint, out=tmp_path / "b", max_drop=0, effort="fast", threads=1)
+    result = export_checkpoint(config, timer=clock(1.0, 0.9, 0.5))
+
+    assert result.report.budget == 0
+    assert (result.bundle / PAGE).stat().st_size > 0
+    assert "can pass a budget of 0" in capsys.readouterr().err
+
+
 def test_limits_are_kept_or_nothing_is_written(checkpoint, tmp_path):
     """When not even what may ship is as fast as asked for, the report says by how much, and exit is 3."""
     config = ExportConfig(
