@@ -42,7 +42,8 @@ def _call(arguments: Sequence[str]) -> int:
             return 0
     from edgeward import commands
 
-    return commands.call(arguments)
+    commands.call(arguments)
+    return 0
 
 
 def _say(text: str) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import cyclopts
 
+from bundle.errors import EdgewardError
+
 app = cyclopts.App(
     name="edgeward",
     help="Fine-tune a pretrained model, compile it to quantized ONNX, prove that its accuracy survived, serve it.",
@@ -19,21 +21,29 @@ app.command("edgeward.bundles:inspect", name="inspect", help="Show what is in a 
 app.command("edgeward.bundles:verify", name="verify", help="Check every hash of a bundle and run its self-test.")
 
 
-def call(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code: 0 done, 2 usage, which is explained on stderr.
+class UsageError(EdgewardError):
+    """The command line is wrong."""
+
+    exit_code = 2
+
+
+def call(arguments: Sequence[str]) -> None:
+    """Run one command line.
 
     Raises:
+        UsageError: it cannot be read.
         EdgewardError, OSError, KeyboardInterrupt: of the command.
     """
+    _check_command(arguments)
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.CycloptsError as error:
-        _explain(error)
-        return 2
-    return 0
+        raise UsageError(" ".join(str(error).split())) from error
 
 
-def _explain(error: cyclopts.CycloptsError) -> None:
-    from rich.console import Console  # what only those need that print
-
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(cyclopts.CycloptsPanel(error))
+def _check_command(arguments: Sequence[str]) -> None:
+    """Refuse what is no command: cyclopts would import them all to suggest one, and an edge box cannot."""
+    words = [word for word in arguments if word not in (*app.help_flags, *app.version_flags)]
+    names = [name for name in app if not name.startswith("-")]
+    if words and words[0] not in names:
+        raise UsageError(f"There is no command {words[0]!r}. The commands are {', '.join(names)}.")

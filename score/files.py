@@ -9,14 +9,11 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from pyarrow import fs
+
 from bundle.errors import DataError, MissingExtra
 from bundle.log import log
 from score.units import InputFile, Kind
-
-try:
-    from pyarrow import fs
-except ImportError as error:
-    raise MissingExtra("pyarrow is not installed: pip install 'edgeward[score]'.") from error
 
 KINDS: dict[str, Kind] = {
     ".parquet": "parquet",
