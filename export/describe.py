@@ -119,7 +119,7 @@ def _outcome(one: Candidate, config: ExportConfig, findings: Findings) -> tuple[
     if one.recipe.kernels == chosen.recipe.kernels:
         return "less accurate", f"the same kernels as {chosen.name}, further from the reference"
     if speed(one, config.optimize) >= speed(chosen, config.optimize):
-        return "slower", f"slower than {chosen.name}"
+        return "slower", f"no faster than {chosen.name}"
     if one.promising:
         return "not chosen", f"the gate is less likely to pass it: {one.chance:.0%}, {chosen.name} {chosen.chance:.0%}"
     return "not chosen", "within the budget on the selection split, but the gate was not to be expected to pass it"

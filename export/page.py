@@ -84,6 +84,7 @@ def page(described: Report, flips: Sequence[ShownFlip] = ()) -> str:
         amount=report.amount,
         key=report.key,
         describe=report.describe,
+        needed=report.needed,
         headline=report.headline(described),
         badge=gate.closest(described.gate).verdict if described.gate else "PARITY",
         shipped=next(one for one in described.candidates if one.name == described.shipped),

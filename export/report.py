@@ -253,7 +253,8 @@ def describe(record: GateRecord, variant: str) -> str:
     """What a gate record says, as a clause."""
     task = f"{record.task}: " if record.task else ""
     lost = f"{'lost' if record.drop >= 0 else 'gained'} {amount(record.metric, abs(record.drop))}"
-    return f"{task}{variant} {lost}{_of(record)}, {_bound(record)}"
+    sure, budget = f"{record.confidence:.0%} confidence", _bare(record, record.budget)
+    return f"{task}{variant} {lost}{_of(record)}, {_bound(record)} with {sure}; the budget is {budget}"
 
 
 def _of(record: GateRecord) -> str:
@@ -261,10 +262,21 @@ def _of(record: GateRecord) -> str:
 
 
 def _bound(record: GateRecord) -> str:
-    most, budget = (amount(record.metric, drop).removesuffix(" points") for drop in (record.drop_upper, record.budget))
-    return f"at most {most} with {record.confidence:.0%} confidence; the budget is {budget}"
+    """The upper bound of the loss, as it goes on after what was lost or gained."""
+    if record.drop >= 0:
+        return f"at most {_bare(record, record.drop_upper)}"
+    if record.drop_upper >= 0:
+        return f"and loses at most {_bare(record, record.drop_upper)}"
+    return f"at least {_bare(record, -record.drop_upper)}"
+
+
+def _bare(record: GateRecord, drop: float) -> str:
+    return amount(record.metric, drop).removesuffix(" points")
 
 
 def needed(record: GateRecord) -> str:
-    """How many examples would decide an inconclusive record, as a clause."""
-    return f"about {record.examples_needed} examples would decide" if record.examples_needed else "no number decides"
+    """How many examples would decide an inconclusive record, and how, as a clause."""
+    if record.examples_needed is None:
+        return "no number decides"
+    decides = "for it" if record.drop < record.budget else "against it"
+    return f"about {record.examples_needed} examples like these would decide {decides}"

@@ -16,7 +16,7 @@ from export.fidelity import ClassDrop, Fidelity
 from export.graph import Parity
 from export.mixed import Kept
 from export.page import ShownFlip
-from export.report import FORMAT_VERSION, Candidate, Confusion, Flip, Report, failed, render
+from export.report import FORMAT_VERSION, Candidate, Confusion, Flip, Report, failed, headline, needed, render
 from export.robustness import Robustness
 
 HOSTILE = "<script>alert('x')</script> & 坏"
@@ -203,6 +203,29 @@ def test_users_text_stays_text():
     assert words.count(HOSTILE) >= 3
     assert html.count("<img") == 1
     assert len(html) < 100_000
+
+
+@pytest.mark.parametrize(
+    ("measured", "says"),
+    [
+        ({"drop": 0.002, "drop_upper": 0.0064}, "it lost 0.20 points, at most 0.64 with"),
+        ({"drop": -0.005, "drop_upper": 0.0033}, "it gained 0.50 points, and loses at most 0.33 with"),
+        ({"drop": -0.005, "drop_upper": -0.001}, "it gained 0.50 points, at least 0.10 with"),
+    ],
+)
+def test_a_bound_is_of_the_loss(measured, says):
+    """What gained may still lose, up to the bound; one below zero is of the gain."""
+    described = report(gate=(record(**measured),))
+    assert says + " 95% confidence; the budget is 1.00" in headline(described)
+    assert says in read(page.page(described))
+
+
+@pytest.mark.parametrize(("drop", "decides"), [(0.005, "for it"), (0.05, "against it")])
+def test_what_more_examples_would_say(drop, decides):
+    """More examples like these prove what is within the budget, and refute what is beyond it."""
+    undecided = record(verdict="INCONCLUSIVE", drop=drop, drop_upper=0.1, examples_needed=56)
+    assert needed(undecided) == f"about 56 examples like these would decide {decides}"
+    assert f"About 56 examples like these would decide {decides}." in read(page.page(report(gate=(undecided,))))
 
 
 def test_pairs_are_counted():
