@@ -68,10 +68,7 @@ def connected(address: str | None, *, cpus: int) -> Iterator[Any]:
         DataError: nothing answers at the address.
         MissingExtra: Ray is not installed.
     """
-    if address is None:
-        os.environ.update(_LOCAL)  # it is read by the import
-    else:
-        _check_address(address)
+    check(address)
     ray = _import_ray()
     if ray.is_initialized():
         yield ray
@@ -86,6 +83,15 @@ def connected(address: str | None, *, cpus: int) -> Iterator[Any]:
             yield ray
         finally:
             ray.shutdown()
+
+
+def check(address: str | None) -> None:
+    """Refuse, before anything is planned, what could not be scored; see connected."""
+    if address is None:
+        os.environ.update(_LOCAL)  # it is read by the import
+    else:
+        _check_address(address)
+    _import_ray()
 
 
 def _check_address(address: str) -> None:
@@ -104,7 +110,7 @@ def _import_ray() -> Any:
         import ray.data
     except ImportError as error:
         raise MissingExtra(
-            f"--engine ray needs Ray Data ({error}); nothing was scored. Try: pip install 'edgeward[score,ray]'"
+            f"--engine ray needs Ray Data ({error}); nothing was scored. Install edgeward with its extra 'ray'."
         ) from error
     return ray
 

@@ -12,6 +12,7 @@ from score.config import ScoreConfig
 from score.folder import Folder
 from score.plan import prepare, record, shard
 from score.progress import follow
+from score.signals import terminable
 from score.units import Counts, Plan, Settings, Unit, UnitReport
 
 Engine = Callable[[ScoreConfig, Plan, Sequence[Unit]], Generator[UnitReport, None, None]]
@@ -31,6 +32,8 @@ class Result(Record, frozen=True, kw_only=True):
 def score(config: ScoreConfig, engine: Engine | None = None) -> Result:
     """Score every row of the input, or go on where an earlier run was stopped.
 
+    SIGTERM and Ctrl-C end it; see score.signals.
+
     Args:
         config: what is to be scored, and how.
         engine: scores the units; by default the one that the configuration names.
@@ -42,19 +45,33 @@ def score(config: ScoreConfig, engine: Engine | None = None) -> Result:
         TooManyBadRows: more than --max-error-rate allows.
     """
     report.check_extras()
-    config, plan = prepare(config)
-    folder = Folder(config.out)
-    if plan.settings is None:
-        plan = record(folder, autotune.tune(config, plan))
-    plan = autotune.override(config, plan)
+    engine = engine or _named(config)
+    with terminable():
+        return _run(*_planned(config), engine)
+
+
+def _planned(config: ScoreConfig) -> tuple[ScoreConfig, Plan]:
+    """The configuration with absolute paths, and the plan with settings, which is in the folder now."""
+    try:
+        config, plan = prepare(config)
+        if plan.settings is None:
+            plan = record(Folder(config.out), autotune.tune(config, plan))
+    except SystemExit:
+        log.warning("stopped while the run was planned. The same command goes on from there.")
+        raise
+    return config, autotune.override(config, plan)
+
+
+def _run(config: ScoreConfig, plan: Plan, engine: Engine) -> Result:
     assert plan.settings is not None
+    folder = Folder(config.out)
     done = parts.done(folder, plan)
     left = [unit for unit in shard(config, plan.units) if unit.name not in done]
     if done and left:
         log.info("going on", parts=len(done), of=len(plan.units))
     if len(done) < len(plan.units):
         folder.remove(parts.SUCCESS)  # of a finished run that has lost parts since
-    reports = (engine or _named(config))(config, plan, left) if left else _nothing()
+    reports = engine(config, plan, left) if left else _nothing()
     outcome = follow(reports, plan, done=parts.total(done), max_error_rate=config.max_error_rate)
     done = parts.done(folder, plan)
     if len(done) == len(plan.units) and folder.read(parts.SUCCESS) is None:
@@ -72,11 +89,12 @@ def score(config: ScoreConfig, engine: Engine | None = None) -> Result:
 
 
 def _named(config: ScoreConfig) -> Engine:
-    """The engine that the configuration names."""
+    """The engine that the configuration names, which is installed."""
     if config.engine == "ray":
-        from score.ray_engine import reports
+        from score import ray_engine
 
-        return reports
+        ray_engine.check(config.ray_address)
+        return ray_engine.reports
     return local.reports
 
 

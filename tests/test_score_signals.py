@@ -9,7 +9,9 @@ import time
 
 import pytest
 
+import score.run
 from benchmarks.score_kills import lives
+from bundle.log import captured
 from score.signals import terminable
 from tests.score_examples import run, tree
 
@@ -62,6 +64,21 @@ def test_a_signal_ends_a_run_with_one_line(mood, texts, whole, tmp_path, number,
     assert 0 < len(parts) < ROWS // UNIT_ROWS
     assert left.items() <= tree(out).items()
     assert {name: data for name, data in tree(out).items() if name != "_plan.json"} == whole
+
+
+@pytest.mark.parametrize("stage", ["prepare", "record", "autotune"])
+def test_a_run_that_is_stopped_while_it_is_planned_says_so(mood, texts, tmp_path, monkeypatch, stage):
+    """In one line; nothing is in the folder."""
+    where = (score.run.autotune, "tune") if stage == "autotune" else (score.run, stage)
+    monkeypatch.setattr(*where, lambda *arguments: signal.raise_signal(signal.SIGTERM))
+
+    with captured() as lines, pytest.raises(SystemExit, match="143"):
+        run(mood, texts, out=tmp_path / "out", unit_rows=UNIT_ROWS)
+
+    (said,) = [line["event"] for line in lines if line["event"] != "settings"]
+    assert said == "stopped while the run was planned. The same command goes on from there."
+    assert not any((tmp_path / "out").glob("*"))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 class Destroyed:
