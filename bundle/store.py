@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from bundle import outputs
-from bundle.errors import BundleDamaged, BundleError, BundleUnsupported, OutputExists
+from bundle.errors import BundleDamaged, BundleError, BundleUnsupported, EdgewardError, OutputExists
 from bundle.manifest import FORMAT, FORMAT_VERSION, READ_VERSIONS, FileEntry, Manifest, Regression, Task, to_json
 
 MANIFEST = "manifest.json"
@@ -28,6 +28,30 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 FILE_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
 
+def check_new(out: Path) -> None:
+    """Refuse, before any work, what new_directory could not write; a folder is made in its place and removed.
+
+    Raises:
+        OutputExists: `out` is there already; it is left as it is.
+        EdgewardError: nothing can be written there.
+    """
+    from tempfile import mkdtemp  # as below
+
+    _check_absent(out)
+    present = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
+    try:
+        Path(mkdtemp(prefix=f".{out.name}.", dir=present)).rmdir()
+    except OSError as error:
+        raise EdgewardError(
+            f"{out} cannot be written: no folder can be made in {present} ({error.strerror}). Choose another --out."
+        ) from error
+
+
+def _check_absent(out: Path) -> None:
+    if os.path.lexists(out):  # a dangling link is something, too
+        raise OutputExists(f"{out} exists already and was left as it is. Choose another --out, or remove it first.")
+
+
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
     """A fresh directory beside `out` that is renamed to `out` when the block ends, and removed when it fails.
@@ -38,8 +62,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     from shutil import rmtree  # half a megabyte, of which a server has no need
     from tempfile import mkdtemp
 
-    if os.path.lexists(out):  # a dangling link is something, too
-        raise OutputExists(f"{out} exists already and was left as it is. Choose another --out, or remove it first.")
+    _check_absent(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from bundle import preprocess, store, vector
-from bundle.errors import BundleError, GateFailed, OutputExists
+from bundle.errors import BundleError, GateFailed
 from bundle.manifest import (
     FORMAT_VERSION,
     GateRecord,
@@ -57,6 +57,7 @@ def export_checkpoint(config: ExportConfig, *, timer: timing.Timer = timing.inte
         GateFailed: the fp32 graph is not the reference, the variant asked for does not pass, or nothing is as fast and
             small as asked; nothing was written but `config.report`.
         OutputExists: there is something at `config.out`.
+        EdgewardError: `config.out` cannot be written.
     """
     name = _check(config)
     target = resolve(config.target)
@@ -101,8 +102,7 @@ def _check(config: ExportConfig) -> str:
             f"--report {config.report} lies in --out {config.out}, which must not exist before the bundle is written. "
             "Choose another place; the bundle holds its report anyway."
         )
-    if config.out.exists():  # now, not after the search
-        raise OutputExists(f"{config.out} exists already and was left as it is. Choose another --out, or remove it.")
+    store.check_new(config.out)  # now, not after the search
     return name
 
 

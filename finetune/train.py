@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bundle import store
 from bundle.errors import OutputExists
 from bundle.host import cpu_count
 from bundle.log import log
@@ -50,6 +51,7 @@ def train(config: TrainConfig) -> TrainResult:
 
     Raises:
         OutputExists: there is something at config.out, or an unfinished training to it.
+        EdgewardError: config.out cannot be written.
         ModelError: the model cannot be loaded.
         DataError: the data or an option cannot be used.
         TrainingDiverged: the loss became NaN or infinite.
@@ -102,8 +104,7 @@ def prepare(config: TrainConfig, ours: World | None = None) -> Job:
 
 
 def _check_output(config: TrainConfig) -> None:
-    if config.out.exists():
-        raise OutputExists(f"{config.out} exists already and was left as it is. Choose another --out.")
+    store.check_new(config.out)
     unfinished = progress_folder(config.out)
     if unfinished.exists() and not config.resume:
         raise OutputExists(

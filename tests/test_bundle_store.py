@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 
 from bundle import manifest as types
-from bundle.errors import BundleDamaged, BundleError, BundleUnsupported, OutputExists
+from bundle.errors import BundleDamaged, BundleError, BundleUnsupported, EdgewardError, OutputExists
 from bundle.model import load_model
-from bundle.store import DIGEST, MANIFEST, list_files, new_directory, open_bundle, seal
+from bundle.store import DIGEST, MANIFEST, check_new, list_files, new_directory, open_bundle, seal
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("format-*"))
@@ -90,7 +91,31 @@ def test_what_exists_is_left_as_it_is(tmp_path, kind):
 
     with pytest.raises(OutputExists, match="out exists already"), new_directory(out):
         pytest.fail("the block ran")
+    with pytest.raises(OutputExists, match="out exists already"):
+        check_new(out)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("out", ["file/b", "file/a/b", "n" * 255])
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path, out):
+    """Below a file no folder can be made, nor one with too long a name; the probe leaves nothing behind."""
+    (tmp_path / "file").write_text("kept")
+
+    check_new(tmp_path / "a" / "b")
+    with pytest.raises(EdgewardError, match=r"cannot be written: no folder can be made in .* Choose another --out"):
+        check_new(tmp_path / out)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_read_only_disk_is_said_before_the_work(tmp_path, monkeypatch):
+    """With the reason that the system gives."""
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/a/temporary/name")
+
+    monkeypatch.setattr("tempfile.mkdtemp", read_only)
+    with pytest.raises(EdgewardError, match=r"made in .* \(Read-only file system\)"):
+        check_new(tmp_path / "b")
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])

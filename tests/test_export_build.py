@@ -12,7 +12,7 @@ import torch
 from onnx import numpy_helper
 
 from bundle import preprocess
-from bundle.errors import BundleError, CheckpointError, DataError, GateFailed, ModelError, OutputExists
+from bundle.errors import BundleError, CheckpointError, DataError, EdgewardError, GateFailed, ModelError, OutputExists
 from bundle.manifest import to_json
 from bundle.model import load_model
 from bundle.session import Session
@@ -209,6 +209,13 @@ def test_out_is_never_replaced(image_checkpoint, tmp_path):
     with pytest.raises(OutputExists, match="left as it is"):
         export_checkpoint(ExportConfig(image_checkpoint, out=tmp_path / "b", threads=1))
     assert (tmp_path / "b" / "mine").read_text() == "mine"
+
+
+def test_out_that_cannot_be_written_is_refused_first(tmp_path):
+    """Before the checkpoint is opened, not after the search."""
+    (tmp_path / "file").touch()
+    with pytest.raises(EdgewardError, match="Choose another --out"):
+        export_checkpoint(ExportConfig(tmp_path / "none", out=tmp_path / "file" / "b"))
 
 
 @pytest.mark.parametrize("report", ["b/report.html", "b/deep/../r.json", "b"])

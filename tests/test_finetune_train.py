@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bundle.errors import CheckpointError, DataError, DeviceUnavailable, OutputExists, TrainingDiverged
+from bundle.errors import CheckpointError, DataError, DeviceUnavailable, EdgewardError, OutputExists, TrainingDiverged
 from bundle.log import captured
 from bundle.manifest import TextInput
 from finetune import evaluate
@@ -277,6 +277,13 @@ def test_existing_output_is_left_alone(place, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputExists, match="was left as it is"):
         train(digits_config(place, tmp_path / "out", model="not a model"))
+
+
+def test_output_that_cannot_be_written_is_refused_first(place, tmp_path):
+    """Before anything is loaded, not after the training."""
+    (tmp_path / "file").touch()
+    with pytest.raises(EdgewardError, match="Choose another --out"):
+        train(digits_config(place, tmp_path / "file" / "out", model="not a model"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
