@@ -6,10 +6,12 @@ Structured logging in the standard library alone: a server keeps what it imports
 import json
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from select import select
 from typing import Any, Literal
 
 Level = Literal["info", "warning", "error"]
@@ -19,6 +21,8 @@ _COLORS: dict[str, str] = {"info": "\x1b[32m", "warning": "\x1b[33m", "error": "
 _PLAIN = "\x1b[0m"
 _EVENT_WIDTH = 30  # so that the fields of lines stand below each other
 _WORD = re.compile(r"[\w./:+-]+")
+_PIECE = 4096  # bytes (PIPE_BUF), which a pipe takes whole where it takes anything
+_PATIENCE_S = 0.1  # with a reader who does not read, once
 
 
 class Log:
@@ -51,15 +55,18 @@ class Log:
 log = Log()
 
 
-def configure(*, json: bool = False, wanted: Callable[[Level], bool] = lambda level: True) -> None:
+def configure(
+    *, json: bool = False, wanted: Callable[[Level], bool] = lambda level: True, patient: bool = True
+) -> None:
     """How events are told from now on in this process.
 
     Args:
         json: one JSON object a line, not a line for people.
         wanted: whether events of a level are told.
+        patient: whether to wait for a reader of stderr who does not read, such as a pager; else that line is lost.
     """
-    global _wanted, _write
-    _wanted, _write = wanted, _for_machines if json else _for_people
+    global _wanted, _write, _patient
+    _wanted, _write, _patient = wanted, _for_machines if json else _for_people, patient
 
 
 def is_terminal() -> bool:
@@ -121,9 +128,39 @@ def _line(text: str) -> None:
     if sys.stderr is None:
         return
     with suppress(OSError, ValueError):  # nobody reads, the disk is full, it is closed: what is told of goes on
-        sys.stderr.write(f"{text}\n")  # a line and its end in one write: processes share stderr
-        sys.stderr.flush()
+        if _patient:
+            _put(f"{text}\n")  # a line and its end in one write: processes share stderr
+        else:
+            _put_if_read(f"{text}\n")
 
 
+def _put(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def _put_if_read(text: str) -> None:
+    """As much as goes without waiting."""
+    global _stalled
+    length = _PIECE if text.isascii() else _PIECE // 4  # of UTF-8, at most
+    with _putting:  # room that was seen is not taken by another thread
+        for start in range(0, len(text), length):
+            _stalled = not _has_room(0.0 if _stalled else _PATIENCE_S)
+            if _stalled:
+                return
+            _put(text[start : start + length])
+
+
+def _has_room(wait_s: float) -> bool:
+    try:
+        file = sys.stderr.fileno()
+    except OSError:  # what stands in for it is no file
+        return True
+    return bool(select((), (file,), (), wait_s)[1])
+
+
+_patient = True
+_stalled = False
+_putting = threading.Lock()
 _wanted: Callable[[Level], bool] = lambda level: True  # noqa: E731
 _write: Callable[[Event], None] = _for_people

@@ -41,7 +41,7 @@ def configure(*, json: bool | None = None, requests: bool = False) -> None:
     """
     global _settings
     _settings = {**_DEFAULTS, "log_verbose_level": int(requests)}
-    events.configure(json=not events.is_terminal() if json is None else json, wanted=_wanted)
+    events.configure(json=not events.is_terminal() if json is None else json, wanted=_wanted, patient=False)
     logging.basicConfig(handlers=[_Library()], level=logging.WARNING)
 
 

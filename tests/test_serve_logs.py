@@ -7,14 +7,17 @@ import sys
 from contextlib import suppress
 
 import grpc
+import numpy as np
 import pytest
 
 from bundle.errors import BadInput
 from bundle.log import configure, log
 from protos import inference_pb2 as pb
 from serve import logs
+from serve.client import Client
 from serve.errors import NotSupported
 from serve.queue import Times
+from tests.serve_bundles import identity
 
 PROCESS = """
 import sys
@@ -270,3 +273,31 @@ def test_the_line_of_a_fault_shows_no_variables(capsys, json):
     shown = capsys.readouterr().err
     assert "a fault, 1 header" in shown
     assert "reader-token" not in shown
+
+
+STALLED = """
+import sys
+from pathlib import Path
+from serve import logs
+from serve.config import ServeConfig
+from serve.server import serve
+logs.configure(requests=True)
+serve(ServeConfig((Path(sys.argv[1]),), port=0, device="cpu", threads=1, transport=sys.argv[2], log_requests=True))
+"""
+
+
+@pytest.mark.parametrize("transport", ["auto", "asyncio"])
+def test_who_does_not_read_the_log_keeps_nobody_waiting(tmp_path, transport):
+    """A pipe holds some 300 lines of requests; what is told beyond these is lost, and the server ends as it is told."""
+    path = tmp_path / "echo.onnx"
+    path.write_bytes(identity(np.float32, [None, 2]))
+    command = [sys.executable, "-c", STALLED, str(path), transport]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        ready = next(line for line in process.stderr if '"event": "ready"' in line)
+        with Client(json.loads(ready)["address"]) as client:
+            for _ in range(1000):
+                client.infer("echo", {"x": np.zeros((1, 2), np.float32)})
+            process.terminate()
+            assert process.wait(60) == 0
+        told = [json.loads(line)["event"] for line in process.stderr.read().splitlines()]
+    assert 100 < told.count("request") < 1000

@@ -15,8 +15,8 @@ from protos import inference_pb2 as pb
 
 ATTEMPTS = 5  # of one call; gRPC allows no more
 
-# Asking twice does no harm, and the answer is not whether somebody is there. No streams: with a retry policy grpcio 1.85
-# never ends one whose server dies before the first answer.
+# Asking twice does no harm, and the answer is not whether somebody is there. No streams: with a retry policy grpcio
+# 1.85 never ends one whose server dies before the first answer.
 _AGAIN = (
     "ServerMetadata",
     "ModelMetadata",
