@@ -130,12 +130,13 @@ class Server:
         self._ready = False
         self._transport.set_stopping()
         self._service.drain()
-        looking = self._watcher is not None and not self._watcher.stop(0)
+        if self._watcher:
+            self._watcher.stop(0)
         drained = self._admission.wait(limit)
         if not drained:
             log.warning("calls cut off", drain_s=limit)
         ended = self._transport.stop(_LAST_BYTES_S if drained else 0)
-        if self._watcher and looking:
+        if self._watcher:
             ended &= self._watcher.stop(wire.END_S)
         ended &= self._repository.close(0)
         if self._http:
