@@ -4,6 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
+
+from tests.serve_bundles import write_image_bundle
 
 EDGE = """
 import sys
@@ -65,3 +68,18 @@ def test_score_explains_itself_wherever_it_cannot_run():
 
     assert done.returncode == 0
     assert "Score files of any size, every row exactly once." in done.stdout
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_image_with_too_many_pixels_is_told_of_once(tmp_path, processes):
+    """In its row, or its call; not by Pillow as well, on two lines that are no log, in this or another process."""
+    bundle = write_image_bundle(tmp_path / "colour")
+    images, options = tmp_path / "images", ["--unit-rows", "1", "--processes", str(processes)]
+    images.mkdir()
+    for name in ("a", "b"):
+        Image.new("1", (10_000, 9_000)).save(images / f"{name}.png")
+    command = [sys.executable, "-m", "edgeward", "score", bundle, images, "--out", tmp_path / "out", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert "2 rows in 2 parts, 2 of them bad" in done.stdout
+    assert "Warning" not in done.stderr
