@@ -39,7 +39,8 @@ class TrainConfig:
     """NAME[:KIND[:WEIGHT]], once for each task; the kinds are multiclass, multilabel and regression, the weight is that
     of the task's loss. In an .npz the default is "y"."""
     max_bad: int = 0
-    """Unreadable images, and rows without input or labels, that are left out instead of being an error."""
+    """Images that are unreadable, too large or too narrow, and rows without input or labels, that are left out instead
+    of being an error."""
     split: Fractions = (0.7, 0.1, 0.1, 0.1)
     """Fractions for train, validation, selection and gate."""
     seed: int = 0

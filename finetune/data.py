@@ -83,7 +83,7 @@ def load_dataset(
             Of an .npz the array, "x" by default.
         label_column: NAME[:KIND[:WEIGHT]] for each task; of an .npz "y" by default. A table's labels are multiclass
             unless they have a kind. Where there are several, an empty cell is a missing label.
-        max_bad: examples without input or label, and those that cannot be read, that are left out with a warning.
+        max_bad: examples without input or label, and those that cannot be used, that are left out with a warning.
 
     Raises:
         DataError: nothing there, too many bad examples, or labels that nothing can be learned from.
@@ -245,7 +245,7 @@ def _keep(source: Source, max_bad: int) -> np.ndarray:
     total = len(source.digests) + len(source.lost)
     if len(reasons) > max_bad:
         raise DataError(
-            f"{source.location} has {len(reasons)} bad of {total} examples (max_bad is {max_bad}). "
+            f"{source.location} has {len(reasons)} bad of {total} examples (--max-bad is {max_bad}). "
             f"The first: {reasons[0].rstrip('.')}."
         )
     if reasons:

@@ -1,14 +1,12 @@
-"""Image files: those of a folder of class folders, and the check that they can be decoded."""
+"""Image files: those of a folder of class folders, and the check that they can be used."""
 
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 
-from PIL import Image
-
-from bundle.errors import DataError
+from bundle import image
+from bundle.errors import BadInput, DataError
 from bundle.host import cpu_count
 from finetune.labels import read_target
 from finetune.progress import track
@@ -48,7 +46,7 @@ def check_images(files: Sequence[Path]) -> tuple[list[str], dict[int, str]]:
     """Decode every image once.
 
     Returns:
-        Hex sha256 of each file, "" where it cannot be decoded; and position -> why not.
+        Hex sha256 of each file, "" where it cannot be used; and position -> why not.
     """
     digests, bad = [], {}
     with ThreadPoolExecutor(cpu_count()) as pool:
@@ -56,16 +54,14 @@ def check_images(files: Sequence[Path]) -> tuple[list[str], dict[int, str]]:
         for index, result in enumerate(track(results, len(files), "reading data")):
             digests.append(result if isinstance(result, str) else "")
             if isinstance(result, Exception):
-                bad[index] = f"is not a readable PNG or JPEG: {result}"
+                bad[index] = f"cannot be used: {result}"
     return digests, bad
 
 
 def _check_image(path: Path) -> str | Exception:
     try:
         raw = path.read_bytes()
-        image = Image.open(BytesIO(raw), formats=("PNG", "JPEG"))
-        image.draft("RGB", (1, 1))  # JPEG is decoded at an eighth of its size, but to its end
-        image.load()
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, … on broken files
+        image.check(raw)
+    except (BadInput, OSError) as error:
         return error
     return hashlib.sha256(raw).hexdigest()

@@ -1,8 +1,12 @@
 import contextlib
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -11,9 +15,10 @@ from PIL import Image, ImageOps
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from bundle.errors import BadInput
-from bundle.image import preprocess
+from bundle.image import check, preprocess
 from bundle.manifest import ImageInput
 
+ROOT = Path(__file__).parents[1]
 SPEC = ImageInput(
     column="image", height=32, width=32, resize=36, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3
 )
@@ -269,6 +274,37 @@ def test_sliver_is_refused(size):
     """An image that resizing would blow up a thousandfold is refused before it is resized."""
     with pytest.raises(BadInput, match="too narrow"):
         preprocess(encode(Image.new("RGB", size)), SPEC)
+
+
+@pytest.mark.parametrize("size", [(64, 48), (100, 1), (101, 1), (1, 20_000), (8000, 8000)], ids=str)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_check_refuses_what_preprocessing_refuses(size, kind):
+    """Of a whole file, and of the same cut off."""
+    raw = encode(Image.new("L", size), kind)
+    for data in (raw, raw[:-20], raw[:10], b""):
+        assert refuses(check, data) == refuses(partial(preprocess, spec=SPEC), data)
+
+
+def refuses(function, raw):
+    try:
+        function(raw)
+    except BadInput:
+        return True
+    return False
+
+
+def test_large_images_are_refused_in_silence():
+    """Pillow's own warning would stand on stderr, where a server writes JSON."""
+    code = (
+        "import sys; from bundle.errors import BadInput; from bundle.image import check\n"
+        "try: check(sys.stdin.buffer.read())\n"
+        "except BadInput as error: print(error)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], input=png(10_000, 10_000, b""), capture_output=True, check=True, cwd=ROOT
+    )
+    assert b"limit is 50000000" in ran.stdout
+    assert ran.stderr == b""
 
 
 def test_threads_agree():

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from bundle.errors import DataError
 from bundle.log import captured
@@ -177,10 +178,30 @@ def test_unreadable_images_are_counted_and_named(tmp_path):
     for path in whole[:2]:
         path.write_bytes(path.read_bytes()[:60])
 
-    with pytest.raises(DataError, match=f"2 bad of 100 .*3/{whole[0].name} is not a readable"):
+    with pytest.raises(DataError, match=f"2 bad of 100 .*3/{whole[0].name} cannot be used"):
         load_dataset(tmp_path, "image", max_bad=1)
 
     assert len(load_dataset(tmp_path, "image", max_bad=2)) == 98
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (b"", r"cannot be used: not a PNG or JPEG \(0 bytes\)\.$"),
+        (Image.new("1", (8000, 8000)), "cannot be used: image has 8000 × 8000 pixels; the limit is 50000000"),
+        (Image.new("L", (2000, 1)), "cannot be used: image of 2000 × 1 pixels is too narrow"),
+    ],
+    ids=["empty", "large", "narrow"],
+)
+def test_what_the_preprocessing_refuses_is_a_bad_example(tmp_path, image, says):
+    """An image that can be decoded but not used counts as one that cannot be decoded."""
+    write_digits(tmp_path, 100)
+    path = tmp_path / "0" / "odd.png"
+    path.write_bytes(image) if isinstance(image, bytes) else image.save(path)
+
+    with pytest.raises(DataError, match=f"The first: 0/odd.png {says}"):
+        load_dataset(tmp_path, "image")
+    assert len(load_dataset(tmp_path, "image", max_bad=1)) == 100
 
 
 def test_two_columns_are_pairs_of_texts(tmp_path):
@@ -227,7 +248,7 @@ def test_unreadable_rows_are_counted_and_named(tmp_path):
     write_csv(tmp_path / "a.csv", [HEADER, rows[0], ["surplus", "0", "x"], ["short"], *rows[1:]])
 
     for name, first in [("a.jsonl", "line 2 is not JSON"), ("a.csv", "row 2 has 3 columns instead of 2")]:
-        with pytest.raises(DataError, match=rf"2 bad of 8 examples \(max_bad is 1\). The first: {first}"):
+        with pytest.raises(DataError, match=rf"2 bad of 8 examples \(--max-bad is 1\). The first: {first}"):
             load_dataset(tmp_path / name, "text", max_bad=1)
         with captured() as logs:
             dataset = load_dataset(tmp_path / name, "text", max_bad=2)
