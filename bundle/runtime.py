@@ -9,7 +9,7 @@ try:
     import onnxruntime
 except ImportError as error:
     raise MissingExtra(
-        "onnxruntime is not installed. Install one of: pip install 'edgeward[cpu]', pip install 'edgeward[cuda]'."
+        "onnxruntime is not installed. Install edgeward with one of its extras 'cpu' and 'cuda'."
     ) from error
 
 __all__ = ["DATATYPES", "onnxruntime"]

@@ -224,7 +224,7 @@ def _load(
     if wanted not in available:
         raise DeviceUnavailable(
             f"this onnxruntime has no {wanted}, only {', '.join(available)}. "
-            "For CUDA: pip uninstall onnxruntime; pip install 'edgeward[cuda]'."
+            "For CUDA: pip uninstall onnxruntime, then install edgeward with its extra 'cuda'."
         )
     if device != "cpu" and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # the CUDA libraries of pip's nvidia packages

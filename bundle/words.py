@@ -71,8 +71,8 @@ def _jieba(dictionary: bytes, hmm: bool) -> Callable[[str], list[str]]:
             import jieba
     except ImportError as error:
         raise MissingExtra(
-            "jieba is not installed; it cuts the texts of this model into words. Install it: "
-            "pip install 'edgeward[chinese]'."
+            "jieba is not installed; it cuts the texts of this model into words. Install edgeward with its extra "
+            "'chinese'."
         ) from error
     tokenizer = jieba.Tokenizer()
     file = BytesIO(dictionary)

@@ -22,7 +22,7 @@ try:
     from finetune.train import Job, TrainConfig, TrainResult, prepare, run
 except ImportError as error:
     raise MissingExtra(
-        f"{error.name} is not installed. On the machine that trains and exports: pip install 'edgeward[export,cpu]'."
+        f"{error.name} is not installed. To train and export, install edgeward with its extras 'export' and 'cpu'."
     ) from error
 
 MOST_COLUMNS, MOST_ROWS = 9, 20  # of the table; --json gives all

@@ -3,7 +3,7 @@
 Two ways, both with mapInArrow. `units` is an engine of `edgeward score`: Spark is given the units of work and gives
 back their reports, while the executors read the input and write the parts themselves. So the files are the same as
 without Spark, byte for byte, and a run that one began the other can finish. This is what the command line does. Bundle,
-input and output have the same paths on every executor, and edgeward[score] is installed there.
+input and output have the same paths on every executor, and edgeward with its extra `score` is installed there.
 
 `rows` gives every row of a DataFrame its answers, whatever table the rows come from. What is done with them, and how
 often after a failure, is then up to Spark and its sink.

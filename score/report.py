@@ -89,7 +89,7 @@ def check_extras() -> None:
         MissingExtra: Jinja2 is not installed.
     """
     if find_spec("jinja2") is None:
-        raise MissingExtra("jinja2 is not installed: pip install 'edgeward[score]'.")
+        raise MissingExtra("jinja2 is not installed. Install edgeward with its extra 'score'.")
 
 
 def files(manifest: Manifest, plan: Plan, outcome: Outcome) -> dict[str, bytes]:

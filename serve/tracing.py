@@ -28,7 +28,7 @@ try:
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 except ImportError as error:
     raise MissingExtra(
-        "opentelemetry is not installed, and traces need it. Install it: pip install 'edgeward[tracing]'."
+        "opentelemetry is not installed, and traces need it. Install edgeward with its extra 'tracing'."
     ) from error
 
 LAST_SPANS_S = 2.0  # that a collector has for them when the server stops

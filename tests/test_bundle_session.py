@@ -194,12 +194,12 @@ def test_telemetry_is_off_whatever_the_environment_says(value):
 
 
 def test_missing_runtime_names_its_extras():
-    """Without onnxruntime the error is the command that installs it."""
+    """Without onnxruntime the error says what brings it."""
     program = "import sys; sys.modules['onnxruntime'] = None; import bundle.session"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
 
     assert "MissingExtra: onnxruntime is not installed" in done.stderr
-    assert "pip install 'edgeward[cpu]'" in done.stderr
+    assert "extras 'cpu' and 'cuda'" in done.stderr
 
 
 def test_a_full_disk_is_no_fault_of_the_graph(monkeypatch):

@@ -91,7 +91,7 @@ def test_wheel_alone_serves(wheel, text_bundle, tmp_path):
     assert result["answer"]["label"] == [[expected["label"][0, 0].decode()]]
 
 
-def test_missing_runtime_names_the_command_that_installs_it():
+def test_missing_runtime_names_the_extra_that_brings_it():
     """Without onnxruntime the error says which extras there are; without torch, finetune says the same."""
     for module, command in (("onnxruntime", "verify x"), ("torch", "finetune a b --out c")):
         program = (
@@ -101,5 +101,6 @@ def test_missing_runtime_names_the_command_that_installs_it():
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
 
         assert done.returncode == 1
-        assert "pip install 'edgeward[" in done.stderr
+        assert "edgeward with" in done.stderr
+        assert "'cpu'" in done.stderr
         assert "Traceback" not in done.stderr
