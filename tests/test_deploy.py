@@ -54,6 +54,7 @@ def test_systemd_waits_for_the_drain(unit):
 
     assert serve.require_gate
     assert serve.drain_s < int(unit["TimeoutStopSec"])
+    assert unit["KillMode"] == "mixed"  # two signals would end the processes of --processes undrained
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="there is no systemd here")
