@@ -47,7 +47,7 @@ class Traffic:
     """What the transport has in hand at one moment.
 
     Attributes:
-        calls: that have not been answered, of every method.
+        calls: requests for inference that have not been answered, on streams too.
         bytes: of their messages.
         streams: that are open.
         refused: calls that never reached a model, by reason, since the start.
@@ -172,7 +172,7 @@ def _triton_failures(counted: _Counted) -> Metric:
 
 
 def _transport(traffic: Traffic) -> Iterator[Metric]:
-    yield _gauge("edgeward_calls_in_flight", "Calls that have not been answered.", [((), traffic.calls)], ())
+    yield _gauge("edgeward_calls_in_flight", "Requests for inference in work.", [((), traffic.calls)], ())
     yield _gauge("edgeward_bytes_in_flight", "Bytes of their messages.", [((), traffic.bytes)], ())
     yield _gauge("edgeward_streams", "Streams that are open.", [((), traffic.streams)], ())
     refused = CounterMetricFamily("edgeward_refused_calls", "Calls that never reached a model.", labels=("reason",))
