@@ -2,7 +2,6 @@
 
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 
 from bundle.errors import EdgewardError
@@ -17,8 +16,6 @@ def run(arguments: Sequence[str]) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors reach us as exceptions, and the user as one line
     # The thread that waits for events reads the sockets itself, and no other one has to wake it; read with its import.
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
-    warnings.filterwarnings("ignore", "Image size ")  # of Pillow, whose limit is not the model's, which is told as well
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:Image size ")  # in the processes that are started
     try:
         return _call(arguments)
     except EdgewardError as error:
