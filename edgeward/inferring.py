@@ -42,7 +42,7 @@ def infer(
     token_file: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Send raw examples to a running server.
+    """Send raw examples to a bundle on a running server.
 
     Args:
         address: HOST:PORT, or unix:PATH of a socket.
@@ -76,8 +76,14 @@ def infer(
                 examples, shown = _tensors(inputs, takes.inputs)
             case "pair":
                 examples, shown = _pairs(inputs, *(spec.name for spec in takes.inputs))
-            case _:  # predict refuses what is no bundle
+            case "raw":
                 examples, shown = [_raw(value) for value in inputs], list(inputs)
+            case None:
+                wanted = ", ".join(f"{spec.name!r} {spec}" for spec in takes.inputs)
+                raise BadInput(
+                    f"model {model!r} takes no raw examples but {wanted}, and this command sends raw examples alone. "
+                    "Send tensors from Python, with infer of serve.client.Client."
+                )
         answers = client.predict(model, examples)
     table = Table()
     table.add_column("input")

@@ -640,7 +640,12 @@ def test_chinese_is_taken_raw(infer):
         (["plots", "1,2,3"], 1, "1,2,3 cannot be read as arrays"),
         (["plots", "FOLDER/other.npz"], 1, "array 'counts:0' of"),
         (["plots", "FOLDER/ragged.npz"], 1, "differ in rows: 3 'counts:0', 2 'scale', 3 'known'"),
-        (["echo", "1,2,3"], 1, "takes no raw examples but 'x' FP32 [-1, 3]"),
+        (
+            ["echo", "1,2,3"],
+            1,
+            "takes no raw examples but 'x' FP32 [-1, 3], and this command sends raw",
+        ),
+        (["echo", "x.npz"], 1, "Send tensors from Python, with infer of serve.client.Client."),
         (["mood", "good", "--jsn"], 2, "There is no option '--jsn'"),
     ],
 )
