@@ -1,9 +1,10 @@
 """CSV and JSONL: bytes of a file, on boundaries of rows that were found when the run was planned."""
 
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import pyarrow as pa
@@ -24,10 +25,18 @@ def header(path: str) -> list[str]:
     """The columns of a CSV file.
 
     Raises:
-        DataError: it has none, or they are no CSV.
+        DataError: it has none, or they are no CSV, or it is UTF-16.
     """
     with open_file(path) as file:
+        _check_encoding(path, file)
         return _header(path, CsvRows(file))
+
+
+def _check_encoding(path: str, file: BinaryIO) -> None:
+    """Refuse UTF-16, of which every row would be bad."""
+    if file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE):
+        raise DataError(f"{path} is UTF-16. Convert it, for example with iconv -f UTF-16 -t UTF-8.")
+    file.seek(0)
 
 
 def _header(path: str, rows: CsvRows) -> list[str]:
@@ -38,8 +47,13 @@ def _header(path: str, rows: CsvRows) -> list[str]:
 
 
 def keys(path: str) -> list[str]:
-    """The keys of the first objects of a JSONL file, in which they need not all be; none when there is no object."""
+    """The keys of the first objects of a JSONL file, in which they need not all be; none when there is no object.
+
+    Raises:
+        DataError: it is UTF-16.
+    """
     with open_file(path) as file:
+        _check_encoding(path, file)
         rows = islice(JsonRows(file), _SAMPLE)
         return list(dict.fromkeys(key for row in rows if not isinstance(row, BadInput) for key in row))
 

@@ -1,7 +1,7 @@
 """What a run is to do, decided once: the units of its input, and what they have to be scored with."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -169,16 +169,21 @@ def _check_same(folder: Folder, plan: Plan, bundle: str, options: dict[str, str]
 def _units(config: ScoreConfig, spec: Input, found: Sequence[Found], unit_rows: int) -> tuple[Unit, ...]:
     wanted = Wanted(spec, renamed(config.column, "--column"), renamed(config.keep, "--keep"))
     units: list[Unit] = []
-    first: tuple[str, object] | None = None
+    first: tuple[str, Mapping[str, object]] | None = None
     for index, each in enumerate(found):
         columns, types = wanted.columns(each.file.path, each.file.kind)
         if first is not None and first[1] != types:
             raise DataError(
-                f"the columns to keep are {types} in {each.file.path} and {first[1]} in {first[0]}. Score them apart."
+                f"the columns to keep are {_typed(types)} in {each.file.path} and {_typed(first[1])} in {first[0]}. "
+                "Score them apart."
             )
         first = first or (each.file.path, types)
         units += cut(each, index, columns, unit_rows)
     return tuple(units)
+
+
+def _typed(columns: Mapping[str, object]) -> str:
+    return ", ".join(f"{name!r} {kind}" for name, kind in columns.items())
 
 
 def shard(config: ScoreConfig, units: Sequence[Unit]) -> Sequence[Unit]:

@@ -379,3 +379,25 @@ def test_object_stores_are_read_and_written_like_folders(mood, tmp_path):
     here = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("part-*")}
     assert {name: data for name, data in stored.items() if name.startswith("part-")} == here
     assert "_SUCCESS" in stored
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.csv", "text\na film\n"), ("a.jsonl", '{"text": "a film"}\n')])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_refused(mood, tmp_path, name, text, encoding):
+    """As other programs export it: nothing in it could be scored."""
+    path = tmp_path / name
+    path.write_text("\ufeff" + text, encoding)
+
+    with pytest.raises(DataError, match=rf"{name} is UTF-16. Convert it, .* iconv -f UTF-16 -t UTF-8"):
+        run(mood, path, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_columns_to_keep_of_two_types_are_refused(mood, tmp_path):
+    """With the types by the names that Arrow gives them."""
+    for name, values in (("a", [1]), ("b", ["x"])):
+        parquet.write_table(pa.table({"text": ["a film"], "id": values}), tmp_path / f"{name}.parquet")
+
+    with pytest.raises(DataError, match=r"keep are 'id' string in .*b\.parquet and 'id' int64 in .*a\.parquet\. Score"):
+        run(mood, tmp_path / "a.parquet", tmp_path / "b.parquet", out=tmp_path / "out", keep=("id",))
+    assert not (tmp_path / "out").exists()
