@@ -88,11 +88,12 @@ def _check(config: ExportConfig) -> str:
         raise BundleError(f"a bundle's version is 1 or more, not {config.version}.")
     if config.refit_head and config.variant not in ("auto", REFIT.name):
         raise BundleError(f"--refit-head makes {REFIT.name}, but --variant asks for {config.variant} only.")
-    if not 0.5 < config.confidence < 1 or config.max_drop < 0 or config.calibration < 1:
-        raise BundleError(
-            f"--confidence is {config.confidence:g}, --max-drop {config.max_drop:g} and --calibration "
-            f"{config.calibration}; they must be between 0.5 and 1, 0 or more, and 1 or more."
-        )
+    if not 0.5 < config.confidence < 1:
+        raise BundleError(f"--confidence is {config.confidence:g}; it must be between 0.5 and 1, such as 0.95.")
+    if not config.max_drop >= 0:
+        raise BundleError(f"--max-drop is {config.max_drop:g}; it must be 0 or more, in points.")
+    if config.calibration < 1:
+        raise BundleError(f"--calibration is {config.calibration}; it must be 1 or more.")
     if config.add_to is not None and (config.goldens or config.name or config.version != 1):
         raise BundleError(
             "--goldens, --name and --version are those of the bundle that --add-to names: leave them out."
@@ -102,6 +103,8 @@ def _check(config: ExportConfig) -> str:
             f"--report {config.report} lies in --out {config.out}, which must not exist before the bundle is written. "
             "Choose another place; the bundle holds its report anyway."
         )
+    if config.report is not None and config.report.suffix not in (".json", ".html"):
+        raise BundleError(f"--report {config.report} says no format: let its name end in .json or .html.")
     store.check_new(config.out)  # now, not after the search
     return name
 

@@ -105,6 +105,11 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 def _check_operators(path: Path, model: onnx.ModelProto) -> None:
     versions = {entry.domain: entry.version for entry in model.opset_import}
+    opset, newest = versions.get("", versions.get("ai.onnx", 0)), onnx.defs.onnx_opset_version()
+    if opset > newest:
+        raise ModelError(
+            f"{path} is of opset {opset}, and {newest} is the newest known. Export it with an older, as 17."
+        )
     for node in _nodes(model.graph):
         domain = "" if node.domain == "ai.onnx" else node.domain
         if domain not in _STANDARD:

@@ -124,7 +124,10 @@ def _read(location: str | Path, modality: Modality, inputs: tuple[str, ...], lab
         return _read_rows(path, modality, inputs, labels)
     if ":" in str(location):
         raise DataError(f"there is no dataset {location}; the one that is known by a name is {cifar.LOCATION}.")
-    raise DataError(f"there is no dataset at {path}. Give a folder, a table, an .npz file, or {cifar.LOCATION}.")
+    raise DataError(
+        f"there is no dataset at {path}. Give a folder, a table, an .npz file, or {cifar.LOCATION}; where the data "
+        "of a checkpoint has moved, edgeward export takes --data."
+    )
 
 
 def _read_images(location: str | Path, path: Path, modality: Modality) -> Source:

@@ -196,7 +196,7 @@ def _hint(target: Target, rows: int) -> str:
         or any(_number(label) is None for label in target.labels)
     ):
         return ""
-    return f"Its {target.width} labels are numbers: to predict a number, give {target.name}:regression. "
+    return f"Its {target.width} labels are numbers: to predict a number, give --label-column {target.name}:regression. "
 
 
 def _distinct_examples(target: Target, contents: np.ndarray) -> list[int]:

@@ -284,5 +284,7 @@ def check_options(config: TrainConfig) -> None:
         if value is not None and not low <= value <= high:
             limits = f"between {low} and {high}" if high < math.inf else f"{low} or more"
             raise DataError(f"--{name.replace('_', '-')} is {value}; it must be {limits}.")
-    if not config.temperature > 0 or not config.max_gradient_norm > 0 or (config.learning_rate or 1) <= 0:
-        raise DataError("--temperature, --max-gradient-norm and --learning-rate must be greater than 0.")
+    for name in ("temperature", "max_gradient_norm", "learning_rate"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise DataError(f"--{name.replace('_', '-')} is {value}; it must be greater than 0.")

@@ -243,7 +243,10 @@ def _require(path: Path, present: Sequence[str], columns: Collection[str]) -> No
     counts = Counter(present)
     for column in columns:
         if not counts[column]:
-            raise DataError(f"{path} has no column {column!r}; its columns are {', '.join(present) or '(none)'}.")
+            raise DataError(
+                f"{path} has no column {column!r}; its columns are {', '.join(present) or '(none)'}. "
+                "edgeward finetune takes others by --input-column and --label-column."
+            )
         if counts[column] > 1:
             raise DataError(f"{path} has {counts[column]} columns with the name {column!r}. Rename all but one.")
 

@@ -211,6 +211,21 @@ def test_out_is_never_replaced(image_checkpoint, tmp_path):
     assert (tmp_path / "b" / "mine").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"confidence": 95}, "--confidence is 95; it must be between 0.5 and 1"),
+        ({"max_drop": float("nan")}, "--max-drop is nan; it must be 0 or more"),
+        ({"calibration": 0}, "--calibration is 0; it must be 1 or more"),
+        ({"report": Path("r.txt")}, "--report r.txt says no format"),
+    ],
+)
+def test_a_wrong_option_is_named(option, says, tmp_path):
+    """Alone, with its value and what it may be."""
+    with pytest.raises(BundleError, match=f"^{says}"):
+        export_checkpoint(ExportConfig(tmp_path / "none", out=tmp_path / "b", **option))
+
+
 def test_out_that_cannot_be_written_is_refused_first(tmp_path):
     """Before the checkpoint is opened, not after the search."""
     (tmp_path / "file").touch()

@@ -443,6 +443,7 @@ MODELS = {
         model([node("Splat", "x w", "out", name="layer7")]),
         "the operator Splat in node 'layer7', which ai.onnx 17 does not have",
     ),
+    "an opset that there is not": (model(LINEAR, opset=99), "is of opset 99, and"),
     "an operator of somebody's own": (
         model([node("Splat", "x w", "out", name="layer7", domain="com.acme")]),
         "com.acme:Splat in node 'layer7'",

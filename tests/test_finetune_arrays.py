@@ -183,7 +183,7 @@ def test_bad_entries_of_arrays_are_counted_and_named(tmp_path):
         ({"x": X[:0], "y": np.arange(0)}, "has no examples"),
         ({"x": X, "y": np.ones(6)}, "has one value of 'y', 1.0"),
         ({"x": X, "y": np.ones(6, dtype=int)}, "has one label, '1'"),
-        ({"x": X, "y": np.arange(6)}, "6 labels are numbers: to predict a number, give y:regression"),
+        ({"x": X, "y": np.arange(6)}, "6 labels are numbers: to predict a number, give --label-column y:regression"),
     ],
 )
 def test_unusable_arrays_are_refused(tmp_path, arrays, message):

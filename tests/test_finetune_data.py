@@ -171,6 +171,17 @@ def test_places_without_data_are_refused(tmp_path):
         load_dataset(tmp_path, "image")
 
 
+def test_a_missing_place_or_column_says_which_option_names_it(tmp_path):
+    """Data that moved, and a table whose columns have other names."""
+    with pytest.raises(DataError, match="edgeward export takes --data"):
+        load_dataset(tmp_path / "nowhere", "text")
+    path = write_csv(tmp_path / "a.csv", [["message", "label"], ["one", "a"]])
+    with pytest.raises(
+        DataError, match=r"no column 'text'; its columns are message, label\. .*--input-column and --label-"
+    ):
+        load_dataset(path, "text")
+
+
 def test_unreadable_images_are_counted_and_named(tmp_path):
     """A truncated image is an error that names it, unless so many may be bad; then it is left out."""
     write_digits(tmp_path, 100)

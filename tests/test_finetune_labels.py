@@ -150,7 +150,7 @@ def test_unusable_label_column_is_refused(tmp_path, columns, message):
         ("y:multilabel", ["a|b", "b|a", "a | b"], "every example of .* has the same labels, a, b"),
         ("y:multilabel", ["|", "|", "|"], "has no labels"),
         ("y:multilabel", ["a|b", "a", "a"], "fewer than 2 different examples, 'b' the first"),
-        ("y", ["1.5", "2.5", "3.5"], "3 labels are numbers: to predict a number, give y:regression"),
+        ("y", ["1.5", "2.5", "3.5"], "3 labels are numbers: to predict a number, give --label-column y:regression"),
         ("y", ["a", "b", "c"], r"'a' the first\. Add examples"),
     ],
 )

@@ -279,6 +279,13 @@ def test_existing_output_is_left_alone(place, tmp_path):
         train(digits_config(place, tmp_path / "out", model="not a model"))
 
 
+@pytest.mark.parametrize("name", ["temperature", "max_gradient_norm", "learning_rate"])
+def test_what_must_be_positive_is_named(place, tmp_path, name):
+    """Alone, with its value."""
+    with pytest.raises(DataError, match=f"^--{name.replace('_', '-')} is 0; it must be greater than 0"):
+        train(digits_config(place, tmp_path / "out", **{name: 0}))
+
+
 def test_output_that_cannot_be_written_is_refused_first(place, tmp_path):
     """Before anything is loaded, not after the training."""
     (tmp_path / "file").touch()
