@@ -5,8 +5,8 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from bundle.runtime import onnxruntime
 from bundle.host import products_saturate
+from bundle.runtime import onnxruntime
 from bundle.session import Session, optimized
 from export.dense import SPREAD, int8_products
 
