@@ -344,7 +344,7 @@ class _Inferences:
     def _cancel(self) -> None:
         with self._lock:
             self._drop()
-        for work in self._unsent:
+        for work in list(self._unsent):  # from which another thread may take one
             work.release()
 
     def _drop(self) -> None:

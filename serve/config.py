@@ -9,6 +9,7 @@ from serve.errors import StartError
 
 MOST_THREADS = 1024  # of one run
 MOST_INSTANCES = 256  # each is a thread
+MOST_DELAY_MS = 60_000
 
 _BOUNDS: dict[str, tuple[float, float]] = {  # what is beyond is a slip of the pen, or no machine has it
     "port": (0, 65535),
@@ -16,7 +17,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {  # what is beyond is a slip of the p
     "threads": (1, MOST_THREADS),
     "instances": (1, MOST_INSTANCES),
     "max_batch": (1, 1 << 20),
-    "max_delay_ms": (0, 60_000),
+    "max_delay_ms": (0, MOST_DELAY_MS),
     "max_queue": (0, 1 << 20),
     "max_bytes": (1, 1 << 50),
     "max_message_bytes": (1, (1 << 31) - 1),  # gRPC knows no larger one

@@ -11,13 +11,12 @@ from google.protobuf import text_format
 from bundle.session import Device
 from bundle.tensor import TensorSpec
 from protos import inference_pb2 as pb
-from serve.config import MOST_INSTANCES, MOST_THREADS
+from serve.config import MOST_DELAY_MS, MOST_INSTANCES, MOST_THREADS
 from serve.errors import ConfigRefused
 from serve.queue import Policy
 
 MAX_BYTES = 1 << 20  # of config.pbtxt, and of a file of labels
 MAX_LEVELS = 1000  # of priority
-MAX_DELAY_US = 60_000_000  # as much as --max-delay-ms
 THREADS = "intra_op_thread_count"  # the parameter of Triton's ONNX Runtime backend
 
 _NOT_HERE = {
@@ -111,10 +110,10 @@ def _check_batching(config: pb.ModelConfig) -> None:
     if any(not 1 <= size <= limit for size in batching.preferred_batch_size):
         sizes = ", ".join(map(str, batching.preferred_batch_size))
         raise ConfigRefused(f"config.pbtxt has preferred_batch_size {sizes}; expected 1 to max_batch_size, {limit}.")
-    if batching.max_queue_delay_microseconds > MAX_DELAY_US:
+    if batching.max_queue_delay_microseconds > MOST_DELAY_MS * 1000:
         raise ConfigRefused(
             f"config.pbtxt has max_queue_delay_microseconds {batching.max_queue_delay_microseconds}; expected at most "
-            f"{MAX_DELAY_US}."
+            f"{MOST_DELAY_MS * 1000}."
         )
     if levels > MAX_LEVELS:
         raise ConfigRefused(f"config.pbtxt has priority_levels {levels}; expected at most {MAX_LEVELS}.")
