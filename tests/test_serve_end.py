@@ -2,8 +2,6 @@
 
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,39 +17,11 @@ from serve.config import ServeConfig
 from serve.repository import Repository
 from serve.server import start
 from tests.serve_bundles import counter, identity, model_bytes
+from tests.server_process import address_in, run_server, wait_for
 
 MANY = 12_000_000  # float32, 48 MB: more than the buffers of two sockets hold
 
-PROGRAM = """
-import sys
-from pathlib import Path
-from bundle.log import configure
-configure(json=True)
-from serve.config import ServeConfig
-from serve.server import serve
-{before}
-options = {{"device": "cpu", "threads": 1, "instances": 1, "drain_s": 0.1, "admin": True}}
-serve(ServeConfig((Path(sys.argv[1]),), port=0, transport=sys.argv[2], **options))
-"""
-
-
-def run_server(path, transport="auto", before="pass"):
-    command = [sys.executable, "-c", PROGRAM.format(before=before), str(path), transport]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(process, word):
-    """The first line of the log with this word."""
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if word in line:
-            return line
-    raise AssertionError(f"the server ended without {word!r}: {''.join(lines)}")
-
-
-def address_in(line):
-    return line.split('"address": "')[1].split('"')[0]
+OPTIONS = {"instances": 1, "drain_s": 0.1, "admin": True}
 
 
 @pytest.fixture(params=["auto", "asyncio"])
@@ -64,8 +34,8 @@ def test_a_run_that_outlasts_the_drain_does_not_keep_the_process(tmp_path, trans
     """It cannot be stopped, and Python would wait for its thread, or abort."""
     path = tmp_path / "slow.onnx"
     path.write_bytes(counter())
-    with run_server(path, transport) as process, ThreadPoolExecutor() as pool:
-        client = Client(address_in(wait_for(process, "ready")))
+    with run_server(path, transport=transport, **OPTIONS) as process, ThreadPoolExecutor() as pool:
+        client = Client(address_in(wait_for(process, '"event": "ready"')))
         feeds = {"n": np.array(10_000_000_000)}
         if streamed:
             call = pool.submit(lambda: list(client.stream("slow", [feeds])))
@@ -74,7 +44,7 @@ def test_a_run_that_outlasts_the_drain_does_not_keep_the_process(tmp_path, trans
         while not _busy(client):
             pass
         process.terminate()
-        wait_for(process, "stopped")
+        wait_for(process, '"event": "stopped"')
         assert process.wait(60) == 0
         assert call.exception() is not None
         client.close()
@@ -166,8 +136,8 @@ import time
 from serve.repository import Repository
 Repository.load = lambda self, name: sys.stderr.write("loading\\n") and time.sleep(3600)
 """
-    with run_server(path, transport, before) as process, ThreadPoolExecutor() as pool:
-        client = Client(address_in(wait_for(process, "ready")))
+    with run_server(path, before, transport=transport, **OPTIONS) as process, ThreadPoolExecutor() as pool:
+        client = Client(address_in(wait_for(process, '"event": "ready"')))
         call = pool.submit(client.load, "echo")
         wait_for(process, "loading")
         process.terminate()
@@ -186,7 +156,7 @@ import ctypes
 import serve.server as module
 module.open_repository = lambda config: sys.stderr.write("loading\\n") and ctypes.PyDLL(None).sleep(3600)
 """
-    with run_server(path, "auto", before) as process:
+    with run_server(path, before) as process:
         wait_for(process, "loading")
         process.send_signal(number)
 

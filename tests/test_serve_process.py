@@ -23,36 +23,7 @@ from serve.server import start
 from serve.service import Service, status
 from serve.shared_memory import Regions
 from tests.serve_bundles import counter, identity, write_text_bundle
-
-PROGRAM = """
-import sys
-from pathlib import Path
-{before}
-from bundle.log import configure
-configure(json=True)
-from serve.config import ServeConfig
-from serve.server import serve
-serve(ServeConfig(paths=(Path(sys.argv[1]),), port=int(sys.argv[2]), device="cpu", threads=1, instances=2))
-"""
-
-
-def run_server(path, port, before="pass"):
-    program = PROGRAM.format(before=before)
-    return subprocess.Popen([sys.executable, "-c", program, str(path), str(port)], stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(process, event):
-    """The first line of the log that has the event; the address is in it."""
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if f'"event": "{event}"' in line:
-            return line
-    raise AssertionError(f"the server ended without {event!r}: {''.join(lines)}")
-
-
-def address_in(line):
-    return line.split('"address": "')[1].split('"')[0]
+from tests.server_process import address_in, run_server, wait_for
 
 
 @pytest.fixture
@@ -80,30 +51,30 @@ def running_call(stub, steps):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_the_running_call_end_and_takes_no_new_one(slow, number):
     """The call that runs is answered, new ones get UNAVAILABLE, readiness is false, and the process ends with 0."""
-    with run_server(slow, 0) as process:
-        address = address_in(wait_for(process, "ready"))
+    with run_server(slow, instances=2) as process:
+        address = address_in(wait_for(process, '"event": "ready"'))
         with grpc.insecure_channel(address) as channel, Client(address) as client:
             assert client.ready()
             running = running_call(inference_pb2_grpc.GRPCInferenceServiceStub(channel), 2_000_000)
             process.send_signal(number)
-            wait_for(process, "draining")
+            wait_for(process, '"event": "draining"')
             while client.ready():
                 pass
             with pytest.raises(ServerError) as refused:
                 client.infer("slow", {"n": np.array(0)})
             assert refused.value.code is grpc.StatusCode.UNAVAILABLE
             assert running.result().raw_output_contents[0] == np.int64(2_000_000).tobytes()
-        wait_for(process, "stopped")
+        wait_for(process, '"event": "stopped"')
         assert process.wait() == 0
 
 
 def test_a_second_signal_ends_the_process_at_once(slow):
     """Whoever cannot wait for the drain need not send SIGKILL."""
-    with run_server(slow, 0) as process:
-        with grpc.insecure_channel(address_in(wait_for(process, "ready"))) as channel:
+    with run_server(slow, instances=2) as process:
+        with grpc.insecure_channel(address_in(wait_for(process, '"event": "ready"'))) as channel:
             running_call(inference_pb2_grpc.GRPCInferenceServiceStub(channel), 1_000_000_000)
             process.terminate()
-            wait_for(process, "draining")
+            wait_for(process, '"event": "draining"')
             process.terminate()
         assert process.wait() == 128 + signal.SIGTERM
 
@@ -185,11 +156,11 @@ def test_the_server_answers_without_torch_and_onnx(tmp_path):
     """What trains and exports is not there on an edge box; importing any of it would fail here."""
     blocked = ["torch", "torchvision", "transformers", "finetune", "export", "onnx", "sklearn", "pyarrow"]
     before = f"sys.modules.update(dict.fromkeys({blocked}))"
-    with run_server(write_text_bundle(tmp_path / "b"), 0, before) as process:
-        with Client(address_in(wait_for(process, "ready"))) as client:
+    with run_server(write_text_bundle(tmp_path / "b"), before, instances=2) as process:
+        with Client(address_in(wait_for(process, '"event": "ready"'))) as client:
             assert client.predict("mood", ["the film is good"])["score"].shape == (1, 3)
         process.terminate()
-        wait_for(process, "stopped")
+        wait_for(process, '"event": "stopped"')
         assert process.wait() == 0
 
 
