@@ -38,17 +38,17 @@ def train_exactly(out, ours):
     network = vector_network()
     network.backbone.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
     examples = vectors(31)
-    seen = []
+    places = {row.tobytes(): place for place, row in enumerate(examples.rows)}
+    seen = []  # by the network: threads read the rows ahead of it, in no order
 
-    class Rows(list):
-        def __getitem__(self, index):
-            seen.append(int(index))
-            return super().__getitem__(index)
+    def see(backbone, inputs):
+        if backbone.training:
+            seen.extend(places[row.numpy().tobytes()] for row in inputs[0].detach())
 
-    rows = Rows(examples.rows)
+    network.backbone.register_forward_pre_hook(see)
     history = fit(
         network, examples, vectors(7, seed=1), VECTOR, objective(*examples.targets), EXACT, CPU,
-        trainable=[name for name, _ in network.named_parameters()], world=ours, rows_of_epoch=lambda _: rows,
+        trainable=[name for name, _ in network.named_parameters()], world=ours,
     )  # fmt: skip
     write_result(f"{out}.{ours.rank}", network, history)
     Path(f"{out}.{ours.rank}.seen").write_text(json.dumps(seen))
