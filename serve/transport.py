@@ -5,7 +5,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -141,10 +142,10 @@ class Transport:
         context.add_done_callback(lambda _: hold.release())
         return await self._answered(request, context.invocation_metadata(), deadline)
 
-    async def _admitted(self, request: Request, metadata: Metadata) -> bytes:
-        """The answer to one request of a stream."""
-        with self._admission.request(request.size):
-            return await self._answered(request, metadata, None)
+    async def _admitted(self, request: Request, metadata: Metadata, held: ExitStack) -> bytes:
+        """The answer to one request of a stream, which counts until `held` is closed."""
+        held.enter_context(self._admission.request(request.size))
+        return await self._answered(request, metadata, None)
 
     async def _answered(self, request: Request, metadata: Metadata, deadline: float | None) -> bytes:
         """The answer to one request that was let in; its work is dropped when the call is cancelled."""
@@ -165,16 +166,17 @@ class Transport:
         """Requests are run side by side and answered in their order; an error is a message, or ends the stream."""
         metadata = context.invocation_metadata()
         ends = dict(metadata).get(wire.ENDS) == "true"
-        started: asyncio.Queue[tuple[str, asyncio.Task[bytes]] | None] = asyncio.Queue(wire.WINDOW)
+        started: asyncio.Queue[_Started | None] = asyncio.Queue(wire.WINDOW)
 
         async def read() -> None:
             try:
                 async for request in requests:
-                    task = asyncio.create_task(self._admitted(request, metadata))
+                    held = ExitStack()
+                    one = _Started(request.id, asyncio.create_task(self._admitted(request, metadata, held)), held)
                     try:
-                        await started.put((request.id, task))
+                        await started.put(one)
                     except asyncio.CancelledError:
-                        task.cancel()
+                        one.drop()
                         raise
             finally:
                 await started.put(None)
@@ -183,8 +185,9 @@ class Transport:
             with self._admission.stream():
                 reader = asyncio.create_task(read())
                 try:
-                    while (each := await started.get()) is not None:
-                        yield await _streamed(*each, ends)
+                    while (one := await started.get()) is not None:
+                        with one.held:
+                            yield await _streamed(one, ends)  # which returns when it was written
                     await reader  # raises what ended it
                 finally:
                     await _dropped(reader, started)
@@ -272,23 +275,36 @@ def _serialize(message: Any) -> bytes:
     return data
 
 
-async def _streamed(name: str, task: "asyncio.Task[bytes]", ends: bool) -> bytes:
+@dataclass(frozen=True)
+class _Started:
+    """A request of a stream: its id, its answer, and what is held until that was written."""
+
+    name: str
+    answer: "asyncio.Task[bytes]"
+    held: ExitStack
+
+    def drop(self) -> None:
+        self.answer.cancel()
+        self.held.close()
+
+
+async def _streamed(one: _Started, ends: bool) -> bytes:
     """One answer of a stream, marked as the only one to its request."""
     try:
-        response = await task
+        response = await one.answer
     except Exception as error:
         if ends:
             raise
-        return wire.streamed_error(error, name)
+        return wire.streamed_error(error, one.name)
     return wire.streamed(response)
 
 
-async def _dropped(reader: "asyncio.Task[None]", started: "asyncio.Queue[Any]") -> None:
+async def _dropped(reader: "asyncio.Task[None]", started: "asyncio.Queue[_Started | None]") -> None:
     """Nobody reads the answers any more: what was begun is cancelled."""
     reader.cancel()
     while not started.empty():
         if (left := started.get_nowait()) is not None:
-            left[1].cancel()
+            left.drop()
 
 
 def _settle(waiting: "asyncio.Future[Any]", outcome: Any) -> None:

@@ -96,18 +96,20 @@ def _pump(source, target, let_go):
     source.close()
 
 
-def test_an_answer_that_is_being_written_is_written_to_its_end(server):
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_that_is_being_written_is_written_to_its_end(server, streamed):
     """Whoever reads slowly has the drain's time for it, as one whose model still runs."""
-    narrow = Narrow(server.port)
+    narrow, feeds = Narrow(server.port), {"n": np.array([MANY])}
     with Client(narrow.address) as slow, Client(server.address) as client, ThreadPoolExecutor() as pool:
-        answer = pool.submit(slow.infer, "zeros", {"n": np.array([MANY])})
+        answer = pool.submit(lambda: next(slow.stream("zeros", [feeds])) if streamed else slow.infer("zeros", feeds))
         while not client.statistics("zeros")[0].inference_count:
             pass
         stopped = pool.submit(server.stop, 60)
         time.sleep(2)  # twice as long as the last bytes of what is drained may take
-        assert not stopped.done()
+        waits = not stopped.done()
         narrow.let_go.set()
 
+        assert waits
         assert answer.result()["y"].shape == (MANY,)
         assert stopped.result()
 
