@@ -81,7 +81,7 @@ class Answering:
             service: that answers.
             admission: that lets requests in.
             health: what is said of models.
-            step_aside: for a thread that hands over calls, to be asked before it runs a model that takes long.
+            step_aside: for a thread that hands over calls, to be asked before it runs a model.
         """
         self._service, self._admission, self._health, self._step_aside = service, admission, health, step_aside
         self._blocking = ThreadPoolExecutor(2, "blocking")  # its threads start with the first call
@@ -128,7 +128,7 @@ class Answering:
             else:
                 call.finish(work.answer, sent=work.release)
 
-        aside = len(data) > _LARGE and self._step_aside()
+        aside = len(data) > _LARGE and self._step_aside(False)
         work = Work(self._service, self._admission, answered, _aside if aside else self._step_aside)
         work.start(parse_request(data), call.metadata, call.deadline)
         if not work.ended:
@@ -286,7 +286,7 @@ class _Inferences:
 
     def _received(self, data: bytes | None) -> None:
         if data is not None and len(data) > _LARGE:
-            self._step_aside()
+            self._step_aside(False)
         try:
             request = None if data is None else parse_request(data)
         except Exception as error:
@@ -296,13 +296,17 @@ class _Inferences:
                 self._reading = self._more = False
                 self._advance()
             return
-        work = Work(self._service, self._admission, self._answered, _stay)
+        work = Work(self._service, self._admission, self._answered, self._stay)
         with self._lock:
             self._works.append((request.id, work))
         work.start(request, self._stream.metadata, None)
         with self._lock:
             self._reading = False
         self._read_on()
+
+    def _stay(self, short: bool) -> bool:
+        """Another thread is to run what takes long: the next request is read when this one is done with this one."""
+        return short and self._step_aside(short)
 
     def _read_on(self) -> None:
         with self._lock:
@@ -359,14 +363,9 @@ class _Inferences:
                 work.release()
 
 
-def _aside() -> bool:
+def _aside(short: bool) -> bool:
     """This thread has stepped aside."""
     return True
-
-
-def _stay() -> bool:
-    """Another thread is to run it: the next request of the stream is read when this thread is done with this one."""
-    return False
 
 
 def _streamed(name: str, work: Work) -> bytes:

@@ -1,9 +1,9 @@
 """gRPC on grpcio's own completion queue: one thread takes every event, so that no call waits for another thread.
 
 Two threads take turns in that. The one that has taken a request runs the model at once, if it is free; where that takes
-long, it lets the other one take the events meanwhile (D. C. Schmidt et al., Leader/Followers, PLoP 2000). Answers that
-it gives one after the other are sent together, before it waits for the next event: to wake who waits for them takes
-longer than to make one, and is then needed once.
+long, it lets the other one take the events meanwhile (D. C. Schmidt et al., Leader/Followers, PLoP 2000), and where it
+takes long unexpectedly, the other one takes them over. Answers that it gives one after the other are sent together,
+before it waits for the next event: to wake who waits for them takes longer than to make one, and is then needed once.
 
 grpcio's own server is written on this interface, but it is not public: `missing` says what of it is not there.
 """
@@ -37,6 +37,8 @@ _TOGETHER = 8  # answers; each has taken scheduler.HAND_OVER_NS at most, as long
 _AWAITED = 32  # calls; those that come together are told of together, and dealt with while their code is in the caches
 _IN_TURN = 16  # messages of streams between two looks at the sockets, which the queue takes only when it is empty
 _TURN_S = 1.0  # between looks at requests that do not arrive
+_LOOK_S = 0.2  # between looks of the other thread at one that runs a model
+_AWAY_S = 0.05  # that a run may take that was expected to be short
 _NEVER = time.time() + 1e9  # seconds; what has 30 years and more has no deadline
 
 
@@ -209,19 +211,45 @@ class Calls:
 
     Attributes:
         open: those that have not ended.
-        leader: the thread that takes the events, whose answers wait for each other; 0: there is none.
     """
 
     def __init__(self) -> None:
         self.open: set[Call] = set()
-        self.leader = 0
+        self._leader = 0  # the thread that takes the events, whose answers wait for each other; 0: there is none
+        self._away = 0.0  # since when it has run a model, in time.monotonic(); 0: it does not, or is back
+        self._leading = threading.Lock()  # guards the change of these two
         self._held: list[tuple[Any, Sequence[Any], Callable[[Event], None]]] = []  # of the leader alone
         self._streamed = 0
         self._later: list[Callable[[], None]] = []  # of the leader alone
 
+    def lead(self, thread: int) -> None:
+        """This thread, or with 0 none, takes the events from now on."""
+        self._leader = thread
+
+    def leads(self) -> bool:
+        """Whether this thread takes the events; if it does, it is back from where it was."""
+        me = threading.get_ident()
+        if self._away and self._leader == me:
+            with self._leading:
+                if self._leader == me:
+                    self._away = 0.0
+        return self._leader == me
+
+    def go_away(self) -> None:
+        """The thread that takes the events, which asks, uses nothing here until it asks whether it leads still."""
+        self._away = time.monotonic()
+
+    def take_over(self) -> bool:
+        """Take the events from now on, if the thread that does has been away for too long."""
+        with self._leading:
+            if not self._away or time.monotonic() < self._away + _AWAY_S:
+                return False
+            self._leader, self._away = threading.get_ident(), 0.0
+            return True
+
     def send(self, call: Call, core: Any, operations: Sequence[Any], tag: Callable[[Event], None]) -> None:
         """Start the last batch of a call: now, or where more calls are to be answered with theirs."""
-        if self.leader != threading.get_ident():
+        if not self.leads():
             try:
                 core.start_server_batch(operations, tag)
             finally:
@@ -241,7 +269,7 @@ class Calls:
     def receive(self, start: Callable[[], None]) -> None:
         """Begin to receive a message of a stream: now, or when `resume` is called."""
         self._streamed += 1
-        if self.leader != threading.get_ident() or (self._streamed % _IN_TURN and not self._later):
+        if not self.leads() or (self._streamed % _IN_TURN and not self._later):
             start()
         else:
             self._later.append(start)
@@ -295,7 +323,7 @@ class Transport:
         self._server.start(backup_queue=False)
         for _ in range(_AWAITED):
             self._request()
-        self._lead = threading.Lock()  # of who takes the events
+        self._lead = threading.Lock()  # held while a thread takes the events
         self._follows: dict[int, bool] = {}  # by thread, each of which writes its own entry
         self._over = False
         self._threads = [threading.Thread(target=self._run, name=f"grpc-{i}", daemon=True) for i in range(2)]
@@ -345,23 +373,33 @@ class Transport:
         me = threading.get_ident()
         while not self._over:
             self._follows[me] = True
-            self._lead.acquire()
+            if self._lead.acquire(timeout=_LOOK_S):
+                self._calls.lead(me)
+            elif not self._calls.take_over():
+                continue
             self._follows[me] = False
-            self._calls.leader = me
-            while self._calls.leader == me and not self._over:
-                self._over = self._turn()
-            if self._calls.leader == me:
-                self._calls.leader = 0
-                self._lead.release()
+            while self._calls.leads() and not self._over:
+                self._over = self._turn() or self._over
+            if self._calls.leads():
+                self._step_down()
 
-    def _step_aside(self) -> bool:
-        """Let the other thread take the events from now on; False: it is not there, or this thread does not."""
-        if self._calls.leader != threading.get_ident() or not any(list(self._follows.values())):
+    def _step_aside(self, short: bool) -> bool:
+        """Let the other thread take the events: now, or, from a run that should be short, if it is not.
+
+        False: it is not there, or this thread does not take them.
+        """
+        if not (self._calls.leads() and any(list(self._follows.values()))):
             return False
-        self._calls.flush()
-        self._calls.leader = 0
-        self._lead.release()
+        if short:
+            self._calls.go_away()
+        else:
+            self._calls.flush()
+            self._step_down()
         return True
+
+    def _step_down(self) -> None:
+        self._calls.lead(0)
+        self._lead.release()  # of who leads, whichever thread has taken it
 
     def _turn(self) -> bool:
         """One event, which is let go with this frame; whether it was the last."""

@@ -15,7 +15,7 @@ from serve.repository import Served
 from serve.shared_memory import Part, Regions
 
 Outcome = Mapping[str, np.ndarray] | Exception
-StepAside = Callable[[], bool]
+StepAside = Callable[[bool], bool]
 
 
 class Inference:
@@ -42,8 +42,8 @@ class Inference:
             regions: of shared memory.
             done: called once, from any thread, with what `answer` takes.
             deadline: time.monotonic() when nobody waits for the answer any more.
-            step_aside: lets the caller's thread run a model, which takes no time from others once this has returned
-                True. It is not asked when the run is likely to be short. None: another thread runs it in any case.
+            step_aside: asked with whether a run is likely to be short, lets the caller's thread run it, which holds
+                nobody up once this has returned True. None: another thread runs it in any case.
 
         Raises:
             BadInput, NotSupported: the request's parameters.

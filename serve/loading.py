@@ -19,9 +19,10 @@ from bundle.errors import (
     SelfTestFailed,
 )
 from bundle.log import log
+from bundle.manifest import Variant
 from bundle.model import load_model, start_variant
 from bundle.session import Session
-from bundle.store import open_bundle
+from bundle.store import Bundle
 from bundle.tensor import NUMPY_TYPES, TensorSpec
 from protos import inference_pb2 as pb
 from serve.config import ServeConfig
@@ -153,14 +154,12 @@ def _load_bundle(place: Place, config: ServeConfig) -> tuple[ServedModel, ...]:
         )
     session = model.session
     policy = default_policy(config, joins=model.variant.batch_invariant, device=session.device, threads=session.threads)
-    spare = Spare(place.name, partial(_second, place, model.variant.name)) if policy.splits else None
+    spare = Spare(place.name, partial(_second, Bundle(place.path, manifest), model.variant)) if policy.splits else None
     return served_bundle(model, place.path, policy, spare), bare_graph(model, place.path, policy, spare)
 
 
-def _second(place: Place, name: str) -> Session:
-    """The graph of a variant once more, with one thread, held to the golden examples."""
-    bundle = open_bundle(place.path)
-    (variant,) = (one for one in bundle.manifest.variants if one.name == name)
+def _second(bundle: Bundle, variant: Variant) -> Session:
+    """The graph that is served once more, by the hashes of the manifest that it had, and with one thread."""
     return start_variant(bundle, variant, threads=1).session
 
 

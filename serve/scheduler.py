@@ -100,13 +100,13 @@ class Scheduler:
             self._statistics.failed("rejected", 0)
             raise
 
-    def try_inline(self, job: Job, step_aside: Callable[[], bool]) -> bool:
+    def try_inline(self, job: Job, step_aside: Callable[[bool], bool]) -> bool:
         """Run a job in this thread, when nothing waits and an instance is free; else do nothing.
 
         Args:
             job: that was not submitted.
-            step_aside: asked first, unless the run is likely to take less time than to hand it to another thread;
-                with False it is not run.
+            step_aside: asked first, with whether the run is likely to take less time than to hand it to another
+                thread; with False it is not run.
 
         Returns:
             Whether it was run. `done` was called then; with preserve_order it is called after those that came before.
@@ -121,7 +121,7 @@ class Scheduler:
         with self._lock:
             if self._closed or self._queue or self._busy >= self._policy.instances or self._queue.joins(job):
                 return False
-            if not (short or step_aside()):
+            if not step_aside(short):
                 return False
             job.alone = not self._busy
             turn = self._turn([job])

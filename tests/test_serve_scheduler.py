@@ -256,7 +256,7 @@ def test_closing_runs_what_waits(busy):
     assert closing.result(PATIENCE_S)
     with pytest.raises(Closed):
         Asked(2).by(scheduler)
-    assert not scheduler.try_inline(Asked(2).job, lambda: True)
+    assert not scheduler.try_inline(Asked(2).job, lambda short: True)
     for each in [thread, *threads]:
         each.join(PATIENCE_S)
         assert not each.is_alive()
@@ -282,7 +282,7 @@ def test_closing_ends_threads_beside_an_inline_run(schedule):
     """A thread that waits for the inline run to end is not left behind."""
     model = Doubler(blocked=True)
     scheduler = schedule(model)
-    inline = threading.Thread(target=scheduler.try_inline, args=(Asked(1).job, lambda: True))
+    inline = threading.Thread(target=scheduler.try_inline, args=(Asked(1).job, lambda short: True))
     inline.start()
     model.await_run()
     before = set(threading.enumerate())
@@ -396,7 +396,7 @@ class Sender:
             assert self._slots.acquire(timeout=PATIENCE_S)
             job = self._job(number)
             try:
-                if not (self._chance.random() < 0.1 and self._scheduler.try_inline(job, lambda: True)):
+                if not (self._chance.random() < 0.1 and self._scheduler.try_inline(job, lambda short: True)):
                     self._scheduler.submit(job)
                 self.taken.append(number)
             except (QueueFull, BadInput, Closed) as error:

@@ -73,7 +73,7 @@ def test_expired_work_never_reaches_the_model(schedule):
     model = Doubler()
     scheduler = schedule(model)
     inline = Asked(1, deadline=time.monotonic())
-    assert scheduler.try_inline(inline.job, lambda: True)
+    assert scheduler.try_inline(inline.job, lambda short: True)
     queued = Asked(2, deadline=time.monotonic()).by(scheduler)
 
     for each in (inline, queued):

@@ -54,7 +54,7 @@ def test_inline_runs_in_the_callers_thread(schedule):
     scheduler = schedule(model, max_batch=4)
     asked = Asked(1)
 
-    assert scheduler.try_inline(asked.job, lambda: True)
+    assert scheduler.try_inline(asked.job, lambda short: True)
 
     assert asked.outcome.done()
     assert model.threads == [threading.current_thread()]
@@ -66,11 +66,11 @@ def test_inline_refuses_unless_the_model_is_idle(busy, schedule):
     _, taken = busy()
     delaying = schedule(Doubler(), max_batch=4, max_delay_s=10_000)
 
-    assert not taken.try_inline(Asked(1).job, lambda: True)
-    assert not delaying.try_inline(Asked(1).job, lambda: True)
-    assert delaying.try_inline(Asked(1, key=None).job, lambda: True)
+    assert not taken.try_inline(Asked(1).job, lambda short: True)
+    assert not delaying.try_inline(Asked(1).job, lambda short: True)
+    assert delaying.try_inline(Asked(1, key=None).job, lambda short: True)
     Asked(1).by(delaying)
-    assert not delaying.try_inline(Asked(1, key=None).job, lambda: True)
+    assert not delaying.try_inline(Asked(1, key=None).job, lambda short: True)
 
 
 def test_a_long_inline_run_asks_its_thread_to_step_aside(schedule):
@@ -78,12 +78,12 @@ def test_a_long_inline_run_asks_its_thread_to_step_aside(schedule):
     model = Doubler()
     scheduler = schedule(model)
 
-    assert not scheduler.try_inline(Asked(1).job, lambda: False)
+    assert not scheduler.try_inline(Asked(1).job, lambda short: False)
 
     assert (model.runs, scheduler.running) == ([], 0)
     for _ in range(16):
-        assert scheduler.try_inline(Asked(1).job, lambda: True)
-    assert scheduler.try_inline(Asked(1).job, lambda: pytest.fail("it is known to be short"))
+        assert scheduler.try_inline(Asked(1).job, lambda short: True)
+    assert scheduler.try_inline(Asked(1).job, lambda short: short)
 
 
 class Pair(Doubler):
@@ -154,7 +154,7 @@ def test_an_inline_run_takes_an_instance(schedule):
     """Meanwhile a queued job waits, and it runs as soon as the inline run has ended."""
     model = Doubler(blocked=True)
     scheduler = schedule(model)
-    thread = threading.Thread(target=scheduler.try_inline, args=(Asked(1).job, lambda: True))
+    thread = threading.Thread(target=scheduler.try_inline, args=(Asked(1).job, lambda short: True))
     thread.start()
     model.await_run()
     asked = Asked(2).by(scheduler)

@@ -3,18 +3,21 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from bundle.errors import ModelError
 from bundle.log import captured
 from bundle.session import Session
+from bundle.store import read_manifest, seal
 from serve.client import Client
 from serve.config import ServeConfig
 from serve.server import start
 from serve.spare import Spare
-from tests.serve_bundles import model_bytes
+from tests.serve_bundles import model_bytes, write_text_bundle
 
 PATIENCE_S = 30
 
@@ -132,6 +135,35 @@ def test_a_file_that_has_changed_gives_no_second_session(dense, monkeypatch):
                     )
         finally:
             server.stop()
+
+
+def test_a_bundle_that_was_replaced_gives_no_second_session(tmp_path, monkeypatch):
+    """Another one in its place, whole and sealed, may be another model, and no gate need have passed it."""
+    monkeypatch.setattr("serve.models.cpu_count", lambda: 2)
+    monkeypatch.setattr("bundle.model.cpu_count", lambda: 2)
+    path = write_text_bundle(tmp_path / "mood")
+    manifest = read_manifest(path)
+    (variant,) = manifest.variants
+    wide = msgspec.structs.replace(variant, latency=msgspec.structs.replace(variant.latency, threads=2))
+    manifest = msgspec.structs.replace(manifest, variants=(wide,))
+    seal(path, manifest)
+    with captured() as logs:
+        server = start(ServeConfig((path,), port=0, device="cpu"))
+        try:
+            graph = onnx.load(path / variant.file)
+            graph.producer_name = "another"
+            onnx.save(graph, path / variant.file)
+            seal(path, manifest)
+            texts = {"text": np.array([[b"a good film"]] * 64, object)}
+            with Client(server.address) as client, ThreadPoolExecutor(8) as pool:
+                while not any(each["event"].startswith("runs ") for each in logs):
+                    list(pool.map(lambda _: client.infer("mood", texts), range(8)))
+        finally:
+            server.stop()
+
+    (told,) = [each for each in logs if each["event"].startswith("runs ")]
+    assert told["event"] == "runs one at a time"
+    assert "sha256 differs" in told["because"]
 
 
 def test_a_number_that_was_asked_for_is_kept(dense, monkeypatch):

@@ -4,6 +4,7 @@ import math
 import queue
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import grpc
@@ -16,10 +17,11 @@ from bundle.log import captured
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serve import answering, completion_queue, logs, pace, scheduler, wire
+from serve.client import Client
 from serve.config import ServeConfig
-from serve.errors import StartError
+from serve.errors import ServerError, StartError
 from serve.server import start
-from tests.serve_bundles import identity
+from tests.serve_bundles import counter, identity
 
 PATIENCE_S = 30
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
@@ -42,11 +44,16 @@ class Gate:
 
 
 @pytest.fixture(params=["auto", "asyncio"])
-def server(request, tmp_path):
+def transport(request):
+    return request.param
+
+
+@pytest.fixture
+def server(transport, tmp_path):
     path = tmp_path / "echo.onnx"
     path.write_bytes(identity(np.float32, [None, 2]))
     server = start(
-        ServeConfig((path,), port=0, device="cpu", threads=1, instances=1, max_streams=2, transport=request.param)
+        ServeConfig((path,), port=0, device="cpu", threads=1, instances=1, max_streams=2, transport=transport)
     )
     yield server
     if server._ready:
@@ -114,6 +121,32 @@ def test_a_call_that_is_given_up_while_it_waits_is_not_run(server, stub, served,
     assert running.result(PATIENCE_S).raw_output_contents[0] == np.float32([1, 1]).tobytes()
     assert gate.began.empty()
     until(lambda: idle(server))
+
+
+def test_a_run_that_is_longer_than_those_before_holds_nobody_up(tmp_path, transport):
+    """Its thread takes the calls of all clients, which after many short runs it does not hand over; it is replaced."""
+    path = tmp_path / "count.onnx"
+    path.write_bytes(counter())
+    server = start(ServeConfig((path,), port=0, device="cpu", threads=1, instances=1, transport=transport))
+    with Client(server.address) as client, ThreadPoolExecutor() as pool:
+        for _ in range(300):
+            client.infer("count", {"n": np.array(0)})
+        long = pool.submit(client.infer, "count", {"n": np.array(3_000_000)})
+        until(lambda: _has_to_wait(client))
+
+        assert all(client.ready() for _ in range(20))
+
+        assert not long.done()
+        assert long.result()["count"] == 3_000_000
+    server.stop(drain_s=0)
+
+
+def _has_to_wait(client):
+    try:
+        client.infer("count", {"n": np.array(0)}, timeout_s=0.2)
+    except ServerError:
+        return True
+    return False
 
 
 def test_a_call_whose_deadline_passes_while_it_waits_is_not_run(stub, served, gate):
@@ -343,7 +376,7 @@ def test_answers_of_the_thread_that_takes_the_events_are_sent_together():
     calls.open.update(["another", "last"])
 
     calls.send("one", core, (), "of another thread")
-    calls.leader = threading.get_ident()
+    calls.lead(threading.get_ident())
     for number in range(together - 1):
         calls.send("one", core, (), number)
     assert sent == ["of another thread"]
@@ -377,7 +410,7 @@ def test_streams_that_bring_enough_wait_for_a_look_at_the_sockets():
     """Else the queue never is empty, and nobody else is heard."""
     began, in_turn = [], completion_queue._IN_TURN
     calls = completion_queue.Calls()
-    calls.leader = threading.get_ident()
+    calls.lead(threading.get_ident())
 
     for number in range(in_turn + 2):
         calls.receive(lambda number=number: began.append(number))
