@@ -141,17 +141,14 @@ def raw_examples(spec: Input, arrays: Mapping[str, np.ndarray]) -> list[bytes]:
             return tensors.encode(arrays, spec)
         case TextInput(pair=str(pair)):
             rows = zip(arrays[spec.column][:, 0], arrays[pair][:, 0], strict=True)
-            return [_pair(spec, pair, i, *row) for i, row in enumerate(rows)]
+            return [_pair(spec, i, *row) for i, row in enumerate(rows)]
         case _:
             found: list[bytes] = arrays[spec.column][:, 0].tolist()
             return found
 
 
-def _pair(spec: TextInput, pair: str, position: int, first: bytes, second: bytes) -> bytes:
+def _pair(spec: TextInput, position: int, first: bytes, second: bytes) -> bytes:
     try:
-        return text.join_pair(
-            text.decode(first, spec.max_bytes, f"text {spec.column!r}"),
-            text.decode(second, spec.max_bytes, f"text {pair!r}"),
-        )
+        return text.join_raw_pair(first, second, spec)
     except BadInput as error:
         raise BadInput(f"example {position}: {error}") from error

@@ -66,6 +66,17 @@ def join_pair(first: str, second: str) -> bytes:
     return msgspec.json.encode((first, second))
 
 
+def join_raw_pair(first: bytes, second: bytes, spec: TextInput) -> bytes:
+    """The same of UTF-8 bytes.
+
+    Raises:
+        BadInput: one is not UTF-8, or more than spec.max_bytes; its column is named.
+    """
+    return join_pair(
+        decode(first, spec.max_bytes, f"text {spec.column!r}"), decode(second, spec.max_bytes, f"text {spec.pair!r}")
+    )
+
+
 def _split_pair(raw: bytes, spec: TextInput) -> tuple[str, str]:
     try:
         pair = msgspec.json.decode(raw, type=tuple[str, str])

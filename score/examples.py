@@ -132,7 +132,7 @@ def _maker(columns: Columns) -> Callable[[Mapping[str, Any]], Raw]:
             return lambda row: _vector(spec, [_number(row.get(column), column) for column in inputs.values()], inputs)
         case TextInput(pair=str(pair)):
             first, second = inputs[spec.column], inputs[pair]
-            return lambda row: _pair(spec, _text(row.get(first), first), _text(row.get(second), second))
+            return lambda row: text.join_raw_pair(_text(row.get(first), first), _text(row.get(second), second), spec)
         case ImageInput():
             column = inputs[spec.column]
             return lambda row: Stored(beside(columns.path, _text(row.get(column), column).decode()))
@@ -153,13 +153,6 @@ def _text(value: object, column: str) -> bytes:
         return value.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
         raise BadInput(f"{column!r} is not Unicode: it has half of a surrogate pair.") from error
-
-
-def _pair(spec: TextInput, first: bytes, second: bytes) -> bytes:
-    return text.join_pair(
-        text.decode(first, spec.max_bytes, f"text {spec.column!r}"),
-        text.decode(second, spec.max_bytes, f"text {spec.pair!r}"),
-    )
 
 
 def _parsed(value: object, column: str) -> object:
@@ -225,7 +218,7 @@ def from_arrow(columns: Columns, table: pa.Table) -> Raws:
 def _attempt_pair(spec: TextInput, first: Raw, second: Raw) -> Raw:
     if isinstance(first, bytes) and isinstance(second, bytes):
         try:
-            return _pair(spec, first, second)
+            return text.join_raw_pair(first, second, spec)
         except BadInput as error:
             return error
     return first if isinstance(first, BadInput) else second

@@ -1,7 +1,8 @@
 """How much work is let in: bytes of requests, and streams. What is too much is refused at once and never waits."""
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
 
@@ -11,14 +12,20 @@ Kind = Literal["bytes", "streams"]
 
 
 @dataclass(frozen=True)
-class Admitted:
-    """What is in work, and how often more of it was refused since the start."""
+class Traffic:
+    """What is in work at one moment, and what was refused before.
 
-    requests: int
-    bytes: int
-    streams: int
-    refused_bytes: int
-    refused_streams: int
+    Attributes:
+        requests: for inference that have not been answered, on streams too.
+        bytes: of their messages.
+        streams: that are open.
+        refused: calls that never reached a model, by reason, since the start.
+    """
+
+    requests: int = 0
+    bytes: int = 0
+    streams: int = 0
+    refused: Mapping[str, int] = field(default_factory=dict)
 
 
 class Admission:
@@ -36,7 +43,7 @@ class Admission:
         """
         self._limits: dict[Kind, int] = {"bytes": max_bytes, "streams": max_streams}
         self._held: dict[Kind, int] = {"bytes": 0, "streams": 0}
-        self._refused: dict[Kind, int] = {"bytes": 0, "streams": 0}
+        self._refused: dict[str, int] = {"bytes": 0, "streams": 0}
         self._requests = 0
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)  # a request is let in no more, while somebody waits for that
@@ -61,11 +68,10 @@ class Admission:
         """
         return self._take("streams", 1)
 
-    def snapshot(self) -> Admitted:
+    def snapshot(self) -> Traffic:
         """All counts at one moment."""
         with self._lock:
-            held, refused = self._held, self._refused
-            return Admitted(self._requests, held["bytes"], held["streams"], refused["bytes"], refused["streams"])
+            return Traffic(self._requests, self._held["bytes"], self._held["streams"], dict(self._refused))
 
     def wait(self, timeout_s: float) -> bool:
         """Until no request is in work, and their answers are written; whether that came in time."""

@@ -5,62 +5,20 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 from serve import wire
 from serve.admission import Admission, Hold
+from serve.call import Call, Stream, nothing
 from serve.envelope import Request, parse_request, parser
 from serve.health import Health
-from serve.inference import Inference, Outcome, StepAside
+from serve.inference import Inference, StepAside
+from serve.queue import Outcome
 from serve.service import Metadata, Service
-
-Sent = Callable[[], None]
 
 _LARGE = 1 << 20  # bytes of a request that takes long to read, where every element is an object
 
 _HEALTH = "/grpc.health.v1.Health/"
-
-
-def nothing() -> None:
-    """What is to be done when there is nothing to be done."""
-
-
-class Call(Protocol):
-    """A call with one request, which is received before the handler is called."""
-
-    @property
-    def metadata(self) -> Metadata:
-        """That came with it."""
-
-    @property
-    def deadline(self) -> float | None:
-        """In time.monotonic()."""
-
-    def watch(self, cancelled: Callable[[], None]) -> None:
-        """Call `cancelled` when nobody waits for the answer any more."""
-
-    def finish(self, message: bytes | None = None, code: int = 0, details: str = "", *, sent: Sent = ...) -> None:
-        """Send the answer, or a status, and call `sent` when the client has it or never will."""
-
-    def fail(self, error: Exception) -> None:
-        """Send the status of an error."""
-
-
-class Stream(Call, Protocol):
-    """A call with any number of messages both ways."""
-
-    @property
-    def unsent(self) -> int:
-        """Messages that the client has not taken."""
-
-    def receive(self, then: Callable[[bytes | None], None]) -> None:
-        """Call `then` with the next request, or None when there will be none."""
-
-    def on_sent(self, sent: Callable[[], None]) -> None:
-        """Call `sent` after each message that was sent."""
-
-    def send(self, message: bytes) -> None:
-        """Send a message after those before."""
 
 
 class Answering:

@@ -9,11 +9,8 @@ import numpy as np
 
 from bundle.log import log
 from serve.errors import DeadlineExceeded
-from serve.queue import Job
+from serve.queue import Job, Outcome
 from serve.statistics import Statistics
-
-Outcome = Mapping[str, np.ndarray] | Exception
-
 
 Run = Callable[[Sequence[Any], int | None], Sequence[Any]]
 

@@ -98,7 +98,7 @@ class ServeConfig:
     """Seconds that running calls may go on when the server stops."""
 
     def __post_init__(self) -> None:
-        """Look at the numbers.
+        """Look at the numbers, and at options that contradict each other.
 
         Raises:
             StartError: one cannot be met.
@@ -109,3 +109,8 @@ class ServeConfig:
                 raise StartError(f"--{name.replace('_', '-')} is {value}; expected {least} to {most}.")
         if any(size < 1 for size in self.batch_sizes):
             raise StartError(f"--batch-sizes are {', '.join(map(str, self.batch_sizes))}; expected 1 or more.")
+        if self.device == "cpu" and self.gpu_memory_bytes is not None:
+            raise StartError(
+                f"--gpu-memory-bytes {self.gpu_memory_bytes} limits what is taken on a GPU, and --device cpu uses none."
+                " Leave out one of them; the memory of the process is limited from outside."
+            )

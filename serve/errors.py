@@ -2,7 +2,7 @@
 
 EdgewardError
 ├── UnknownModel        no model of that name and version is served
-├── NotReady            the server is stopping
+├── NotReady            the server is stopping, or the model cannot be called now
 │   ├── QueueFull        too many requests wait for the model
 │   ├── Closed           the version was unloaded
 │   └── TimedOut         it waited in the queue for as long as it may
@@ -32,7 +32,7 @@ class UnknownModel(EdgewardError):
 
 
 class NotReady(EdgewardError):
-    """The server is stopping and takes no new calls."""
+    """The server is stopping and takes no new calls, or the model is there and cannot be called."""
 
 
 class QueueFull(NotReady):

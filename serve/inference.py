@@ -4,17 +4,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import grpc
 
 from bundle.errors import BadInput
 from serve.envelope import Request
 from serve.inputs import read_inputs
+from serve.loading import Served
+from serve.logs import Ended
 from serve.outputs import Wanted, find_parts, write_answer
-from serve.queue import Job
-from serve.repository import Served
+from serve.queue import Job, Outcome
 from serve.shared_memory import Part, Regions
 
-Outcome = Mapping[str, np.ndarray] | Exception
 StepAside = Callable[[bool], bool]
 
 
@@ -110,13 +110,9 @@ class Inference:
         if self.served is not None and self.job is not None:
             self.served.scheduler.cancel(self.job)
 
-    def facts(self) -> dict[str, Any]:
+    def ended(self, code: grpc.StatusCode) -> Ended:
         """What logs and traces say of it; of the model what was asked for, until it is queued."""
         envelope, served, job = self._request.envelope, self.served, self.job
-        return {
-            "model": envelope.model_name,
-            "version": served.model.version if served else envelope.model_version,
-            "id": self._request.id,
-            "rows": job.rows if job else 0,
-            "times": job.times if job else None,
-        }
+        version = str(served.model.version) if served else envelope.model_version
+        rows, times = (job.rows, job.times) if job else (0, None)
+        return Ended(envelope.model_name, version, self._request.id, rows, code, times)

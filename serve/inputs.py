@@ -9,7 +9,7 @@ import numpy as np
 from bundle.errors import BadInput
 from bundle.tensor import NUMPY_TYPES, TensorSpec
 from protos import inference_pb2 as pb
-from serve.parameters import Place, read_input
+from serve.parameters import SharedPlace, read_input
 from serve.shared_memory import Regions
 from serve.tensors import Tensor, from_contents, from_raw
 
@@ -34,7 +34,7 @@ class Input:
     name: str
     datatype: str
     shape: tuple[int, ...]
-    place: Place | None
+    place: SharedPlace | None
     tensor: Tensor
     has_contents: bool
     where: str

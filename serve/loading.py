@@ -75,19 +75,6 @@ class Refused:
     error: Exception
 
 
-def check_device(config: ServeConfig) -> None:
-    """Refuse options that contradict each other.
-
-    Raises:
-        StartError: a limit for a GPU, and no GPU is to be used.
-    """
-    if config.device == "cpu" and config.gpu_memory_bytes is not None:
-        raise StartError(
-            f"--gpu-memory-bytes {config.gpu_memory_bytes} limits what is taken on a GPU, and --device cpu uses none. "
-            "Leave out one of them; the memory of the process is limited from outside."
-        )
-
-
 def reason(error: Exception) -> str:
     """Why a model was not loaded, in words that a client may read: no paths, nothing of the runtime's own."""
     if isinstance(error, ConfigRefused):

@@ -5,6 +5,7 @@ What a client can change of it while the server runs is process-wide, as the log
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import grpc
 
@@ -63,22 +64,36 @@ def logs_requests() -> bool:
     return _settings["log_verbose_level"] != 0
 
 
-def log_request(
-    *, model: str, version: int | str, id: str, rows: int, code: grpc.StatusCode, times: Times | None = None
-) -> None:
-    """One line for one request.
+@dataclass(frozen=True)
+class Ended:
+    """A request of which a log or a collector is told.
 
-    Args:
+    Attributes:
         model: the name that it asked for.
         version: that answered; what was asked for where none did.
         id: that the client gave it.
         rows: 0 where they are not known.
         code: what the client was told.
-        times: of its job, when it had one; the durations of the stages are logged in milliseconds.
+        times: of its job, when it had one.
     """
-    stages = times.stages() if times else {}
-    durations = {f"{stage}_ms": round((end - start) / 1e6, 3) for stage, (start, end) in stages.items()}
-    log.info("request", model=_cut(model), version=str(version), id=_cut(id), rows=rows, code=code.name, **durations)
+
+    model: str
+    version: str
+    id: str
+    rows: int
+    code: grpc.StatusCode
+    times: Times | None = None
+
+    def stages(self) -> dict[str, tuple[int, int]]:
+        """When each stage that it went through began and ended, in time.perf_counter_ns()."""
+        return self.times.stages() if self.times else {}
+
+
+def log_request(ended: Ended) -> None:
+    """One line for one request; the durations of its stages are in milliseconds."""
+    durations = {f"{stage}_ms": round((end - start) / 1e6, 3) for stage, (start, end) in ended.stages().items()}
+    model, id = _cut(ended.model), _cut(ended.id)
+    log.info("request", model=model, version=ended.version, id=id, rows=ended.rows, code=ended.code.name, **durations)
 
 
 def _cut(text: str) -> str:

@@ -5,8 +5,7 @@ same things; docs/operations.md says what each of them holds.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from itertools import accumulate
@@ -17,7 +16,10 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from serve.repository import IndexEntry, Repository, Served
+from serve.admission import Traffic
+from serve.index import IndexEntry
+from serve.loading import Served
+from serve.repository import Repository
 from serve.statistics import Histogram, Reason, Snapshot, Stage
 
 _MODEL = ("model", "version")
@@ -40,23 +42,6 @@ _SUFFIX = re.compile(rb"^(# (?:HELP|TYPE) nv_\w+)_total(?= )", re.MULTILINE)  # 
 
 _Labels = tuple[str, str]  # of _MODEL
 _Counted = Sequence[tuple[_Labels, Served, Snapshot]]
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What the transport has in hand at one moment.
-
-    Attributes:
-        calls: requests for inference that have not been answered, on streams too.
-        bytes: of their messages.
-        streams: that are open.
-        refused: calls that never reached a model, by reason, since the start.
-    """
-
-    calls: int = 0
-    bytes: int = 0
-    streams: int = 0
-    refused: Mapping[str, int] = field(default_factory=dict)
 
 
 class Metrics:
@@ -172,7 +157,7 @@ def _triton_failures(counted: _Counted) -> Metric:
 
 
 def _transport(traffic: Traffic) -> Iterator[Metric]:
-    yield _gauge("edgeward_calls_in_flight", "Requests for inference in work.", [((), traffic.calls)], ())
+    yield _gauge("edgeward_calls_in_flight", "Requests for inference in work.", [((), traffic.requests)], ())
     yield _gauge("edgeward_bytes_in_flight", "Bytes of their messages.", [((), traffic.bytes)], ())
     yield _gauge("edgeward_streams", "Streams that are open.", [((), traffic.streams)], ())
     refused = CounterMetricFamily("edgeward_refused_calls", "Calls that never reached a model.", labels=("reason",))
@@ -181,10 +166,10 @@ def _transport(traffic: Traffic) -> Iterator[Metric]:
     yield refused
 
 
-def _memory(meminfo: Path = Path("/proc/meminfo")) -> Iterator[Metric]:
+def _memory() -> Iterator[Metric]:
     """The machine's memory, as Triton tells it; nothing where there is no /proc."""
     try:
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         total, free = (int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
     except (OSError, KeyError, ValueError):
         return

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,13 +28,7 @@ MAX_BATCH = 1024  # rows of one request to a bundle or to its bare graph
 
 SHORT_BYTES = 32  # of a text: about the fewest tokens that one is padded to
 
-ALONE = Policy()  # one run at a time, of one request
-
 Arrays = Mapping[str, np.ndarray]
-
-
-def _nothing() -> None:
-    """There is no second session."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +70,13 @@ class ServedModel:
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     max_batch: int
     joins: bool
-    policy: Policy = ALONE
+    policy: Policy
     facts: Mapping[str, str]
     config: pb.ModelConfig | None = None
     decode: Callable[[Arrays], Any] = field(repr=False)
     run: Run = field(repr=False)
     encode: Callable[[Any], dict[str, np.ndarray]] = field(repr=False)
-    beside: Callable[[], Run | None] = field(default=_nothing, repr=False)
+    beside: Callable[[], Run | None] = field(repr=False)
     pads: bool = False
 
     def rows(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -138,7 +132,7 @@ def default_policy(config: ServeConfig, *, joins: bool, device: str, threads: in
     )
 
 
-def served_bundle(model: Model, source: Path, policy: Policy = ALONE, spare: Spare | None = None) -> ServedModel:
+def served_bundle(model: Model, source: Path, policy: Policy, spare: Spare | None) -> ServedModel:
     """Raw examples in, answers out; `spare` is a session of the same graph."""
     manifest = model.manifest
     inputs = preprocess.wire_inputs(manifest.input)
@@ -155,8 +149,9 @@ def served_bundle(model: Model, source: Path, policy: Policy = ALONE, spare: Spa
         rows = [row for request in requests for row in request]
         if not rows:
             return [model.logits(rows) for _ in requests]
-        rows += rows[-1:] * ((size or 0) - len(rows))
         invariant = model.variant.batch_invariant or joined
+        if invariant:  # else each runs alone, and padding would only be run, too
+            rows += rows[-1:] * ((size or 0) - len(rows))
         logits = predict_logits(session, manifest.input, rows, batch_invariant=invariant)
         return _parted(logits, [len(request) for request in requests], len(rows))
 
@@ -188,43 +183,22 @@ def _like_length(arrays: Arrays) -> int:
     return round(4 * math.log2(max(longest, SHORT_BYTES)))
 
 
-def bare_graph(model: Model, source: Path, policy: Policy = ALONE, spare: Spare | None = None) -> ServedModel:
+def bare_graph(model: Model, source: Path, policy: Policy, spare: Spare | None) -> ServedModel:
     """The bundle's graph without its preprocessing: tensors in, logits out."""
-    return ServedModel(
-        name=f"{model.manifest.name}.onnx",
-        version=model.manifest.version,
-        labels=_labels(model.manifest.tasks),
-        joins=model.variant.batch_invariant,
+    manifest = model.manifest
+    return replace(
+        plain_graph(model.session, f"{manifest.name}.onnx", manifest.version, source, policy, spare),
+        labels=_labels(manifest.tasks),
         max_batch=MAX_BATCH,
+        joins=model.variant.batch_invariant,
         facts=_facts(model),
-        **_graph(model.session, source, policy, spare),
     )
 
 
 def plain_graph(
-    session: Session, name: str, version: int, source: Path, policy: Policy = ALONE, spare: Spare | None = None
+    session: Session, name: str, version: int, source: Path, policy: Policy, spare: Spare | None
 ) -> ServedModel:
     """A graph that no gate has seen, as it is, and with no axis that is known to be the batch."""
-    return ServedModel(
-        name=name,
-        version=version,
-        joins=False,
-        max_batch=0,
-        facts={"gate": "ungated"},
-        **_graph(session, source, policy, spare),
-    )
-
-
-def _beside(run_on: Callable[..., Sequence[Any]], spare: Spare | None) -> Callable[[], Run | None]:
-    def beside() -> Run | None:
-        session = spare.get() if spare else None
-        return partial(run_on, session) if session else None
-
-    return beside
-
-
-def _graph(session: Session, source: Path, policy: Policy, spare: Spare | None) -> dict[str, Any]:
-    """What every ServedModel that takes tensors has in common."""
     inputs = (*session.inputs, *session.optional)
     text = [spec.name for spec in inputs if spec.datatype == "BYTES"]
 
@@ -244,20 +218,33 @@ def _graph(session: Session, source: Path, policy: Policy, spare: Spare | None) 
                 raise ModelError(f"output {spec.name!r} is {result[spec.name].dtype}, not {spec.datatype}.")
         return result
 
-    return {
-        "platform": "onnxruntime_onnx",
-        "device": session.device,
-        "threads": session.threads,
-        "source": source,
-        "inputs": inputs,
-        "optional": frozenset(spec.name for spec in session.optional),
-        "outputs": session.outputs,
-        "policy": policy,
-        "decode": decode,
-        "run": partial(run_on, session),
-        "encode": encode,
-        "beside": _beside(run_on, spare),
-    }
+    return ServedModel(
+        name=name,
+        version=version,
+        platform="onnxruntime_onnx",
+        device=session.device,
+        threads=session.threads,
+        source=source,
+        inputs=inputs,
+        outputs=session.outputs,
+        optional=frozenset(spec.name for spec in session.optional),
+        max_batch=0,
+        joins=False,
+        policy=policy,
+        facts={"gate": "ungated"},
+        decode=decode,
+        run=partial(run_on, session),
+        encode=encode,
+        beside=_beside(run_on, spare),
+    )
+
+
+def _beside(run_on: Callable[..., Sequence[Any]], spare: Spare | None) -> Callable[[], Run | None]:
+    def beside() -> Run | None:
+        session = spare.get() if spare else None
+        return partial(run_on, session) if session else None
+
+    return beside
 
 
 def _joined(arrays: Sequence[np.ndarray], size: int | None) -> np.ndarray:

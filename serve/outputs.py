@@ -11,7 +11,7 @@ from bundle.tensor import TensorSpec
 from protos import inference_pb2 as pb
 from serve import classification
 from serve.envelope import varint
-from serve.parameters import Place, read_output
+from serve.parameters import SharedPlace, read_output
 from serve.shared_memory import Part, Regions
 from serve.tensors import to_raw
 
@@ -30,7 +30,7 @@ class Wanted:
     """
 
     spec: TensorSpec
-    place: Place | None = None
+    place: SharedPlace | None = None
     classes: int = 0
 
 

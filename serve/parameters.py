@@ -41,7 +41,7 @@ class RequestOptions:
 
 
 @dataclass(frozen=True)
-class Place:
+class SharedPlace:
     """Where in a registered region of shared memory; bytes."""
 
     region: str
@@ -58,7 +58,7 @@ class TensorOptions:
         classes: how many of the highest values are wanted, as text; 0: the tensor itself.
     """
 
-    place: Place | None = None
+    place: SharedPlace | None = None
     classes: int = 0
 
 
@@ -125,7 +125,7 @@ def read_output(parameters: Parameters, where: str) -> TensorOptions:
     return TensorOptions(place, classes)
 
 
-def _place(values: Mapping[str, Value], where: str) -> Place | None:
+def _place(values: Mapping[str, Value], where: str) -> SharedPlace | None:
     name = values.get("shared_memory_region")
     others = [key for key in ("shared_memory_offset", "shared_memory_byte_size") if key in values]
     if name is None:
@@ -135,7 +135,7 @@ def _place(values: Mapping[str, Value], where: str) -> Place | None:
     if "shared_memory_byte_size" not in values:
         raise BadInput(f"{where} has parameter 'shared_memory_region'; expected 'shared_memory_byte_size' beside it.")
     offset, size = (_natural(values, key, where) for key in ("shared_memory_offset", "shared_memory_byte_size"))
-    return Place(str(name), offset, size)
+    return SharedPlace(str(name), offset, size)
 
 
 def _natural(values: Mapping[str, Value], key: str, where: str = "") -> int:

@@ -8,12 +8,14 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice, pairwise
 from operator import attrgetter
-from typing import Any
 
 import numpy as np
 
 from bundle.errors import BadInput, EdgewardError
 from serve.errors import DeadlineExceeded, QueueFull, TimedOut
+
+Outcome = Mapping[str, np.ndarray] | Exception
+"""The outputs of a request by name, or why there are none."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ class Job:
     """1 where there is no batch axis."""
     key: Hashable
     """Jobs of one key may be run together; None: never joined, and never padded."""
-    done: Callable[[Mapping[str, np.ndarray] | Exception], None]
-    """Gets the outputs or an error, exactly once, from any thread."""
+    done: Callable[[Outcome], None]
+    """Called exactly once, from any thread."""
     level: int = 0
     """Priority; 0: the default."""
     timeout_s: float | None = None
@@ -98,8 +100,6 @@ class Job:
     """In time.monotonic(); it is dropped when this has passed before the run."""
     size: int = 0
     """Bytes of the request."""
-    trace: Any = None
-    """For the caller."""
     times: Times = field(default_factory=Times)
 
     alone: bool = field(default=False, init=False)  # there was no other when it came

@@ -13,9 +13,7 @@ from serve.config import ServeConfig
 from serve.errors import Closed, ConfigRefused, LoadFailed, NotReady, StartError, UnknownModel
 from serve.index import IndexEntry, make_index
 from serve.layout import VERSION, Failure, Layout, Place, find_places, parse_versions
-from serve.loading import Loaded, Refused, Served, check_device, load_place, reason
-
-__all__ = ["IndexEntry", "Repository", "Served", "open_repository"]
+from serve.loading import Loaded, Refused, Served, load_place, reason
 
 Answer = TypeVar("Answer")
 
@@ -286,7 +284,6 @@ def open_repository(config: ServeConfig) -> Repository:
     Raises:
         EdgewardError: a path holds nothing that can be served, or something on it cannot be loaded or may not be.
     """
-    check_device(config)
     repository = Repository(config)
     gc.collect()
     gc.freeze()

@@ -13,13 +13,11 @@ from typing import NamedTuple
 
 from bundle.errors import BadInput
 from bundle.log import log
-from serve.batch import Outcome, Run, Runs, run_alone, run_batch
+from serve.batch import Run, Runs, run_alone, run_batch
 from serve.errors import Cancelled, Closed, DeadlineExceeded, QueueFull, TimedOut
 from serve.pace import SHORT_NS, Pace
-from serve.queue import Job, Policy, Queue, Times
+from serve.queue import Job, Outcome, Policy, Queue
 from serve.statistics import Reason, Statistics
-
-__all__ = ["Job", "Policy", "Runs", "Scheduler", "Times"]
 
 HAND_OVER_NS = 100_000  # to another thread and back: 45 to 65 µs measured, more when others want the interpreter
 

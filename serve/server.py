@@ -6,12 +6,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from bundle.log import log
 from serve import completion_queue, security, wire
-from serve.admission import Admission
+from serve.admission import Admission, Traffic
 from serve.config import ServeConfig
 from serve.errors import StartError
 from serve.repository import open_repository
@@ -95,12 +96,11 @@ class Server:
         return self._metrics.text() if self._metrics else b""
 
     def _make_metrics(self) -> "Metrics":
-        from serve.metrics import Metrics, Traffic
+        from serve.metrics import Metrics
 
         def traffic() -> Traffic:
             now = self._admission.snapshot()
-            refused = {"bytes": now.refused_bytes, "streams": now.refused_streams, **self._tokens.refused}
-            return Traffic(calls=now.requests, bytes=now.bytes, streams=now.streams, refused=refused)
+            return replace(now, refused={**now.refused, **self._tokens.refused})
 
         return Metrics(self._repository, traffic)
 

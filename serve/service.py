@@ -2,8 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,8 @@ from serve.errors import (
     UnknownModel,
     forget_frames,
 )
-from serve.inference import Inference, Outcome, StepAside
+from serve.inference import Inference, StepAside
+from serve.queue import Outcome
 from serve.repository import Repository
 from serve.shared_memory import Regions
 from serve.statistics import as_message
@@ -177,14 +177,14 @@ class Service:
     def SystemSharedMemoryRegister(
         self, request: pb.SystemSharedMemoryRegisterRequest
     ) -> pb.SystemSharedMemoryRegisterResponse:
-        """Map a region that a client on this machine made."""
+        """Open a region that a client on this machine made."""
         self._regions.register(request.name, request.key, request.offset, request.byte_size)
         return pb.SystemSharedMemoryRegisterResponse()
 
     def SystemSharedMemoryUnregister(
         self, request: pb.SystemSharedMemoryUnregisterRequest
     ) -> pb.SystemSharedMemoryUnregisterResponse:
-        """Forget a region, or all; one in use is unmapped after its last use."""
+        """Forget a region, or all; one in use is closed after its last use."""
         self._regions.unregister(request.name)
         return pb.SystemSharedMemoryUnregisterResponse()
 
@@ -220,33 +220,6 @@ class Service:
         if not self._config.admin:  # no other credential would help, as PERMISSION_DENIED would say
             raise NotSupported(f"{what} is switched off; start the server with --admin.")
 
-    @contextmanager
-    def call(
-        self,
-        request: Request,
-        metadata: Metadata,
-        done: Callable[[Outcome], None],
-        deadline: float | None = None,
-    ) -> Iterator[Inference]:
-        """A ModelInfer, or a request of a stream: queued on entry, counted while it lasts, then logged and traced.
-
-        Args:
-            request: as it came.
-            metadata: of the call.
-            done: called once, from any thread, with what Inference.answer takes; not if this raises.
-            deadline: time.monotonic() when nobody waits for the answer any more.
-
-        Raises:
-            EdgewardError: the server is stopping, there is no such model, or the request does not fit it.
-        """
-        inference = self.begin(request, metadata, done, deadline)
-        try:
-            yield inference
-        except BaseException as error:
-            self.end(inference, error)
-            raise
-        self.end(inference, None)
-
     def begin(
         self,
         request: Request,
@@ -255,17 +228,18 @@ class Service:
         deadline: float | None,
         step_aside: StepAside | None = None,
     ) -> Inference:
-        """As `call`, for those who cannot wait within a block: what was begun is to be ended once.
+        """A ModelInfer, or a request of a stream: queued, or run. What was begun is to be ended once.
 
         Args:
-            request: see `call`, as are metadata, done and deadline.
+            request: as it came.
             metadata: of the call.
-            done: may be called before this returns.
-            deadline: time.monotonic().
+            done: called once, from any thread, perhaps before this returns, with what Inference.answer takes.
+            deadline: time.monotonic() when nobody waits for the answer any more.
             step_aside: see Inference.
 
         Raises:
-            EdgewardError: see `call`; then nothing was begun.
+            EdgewardError: the server is stopping, there is no such model, or the request does not fit it; then nothing
+                was begun.
         """
         inference = Inference(request, self._regions, done, deadline, step_aside)
         if self._tracer:
@@ -281,24 +255,17 @@ class Service:
 
     def end(self, inference: Inference, error: BaseException | None) -> None:
         """Log and trace what was begun, and what became of it."""
-        if inference.trace or logs.logs_requests():
-            self._tell(inference, _told(inference, error))
-
-    def _tell(self, inference: Inference, code: grpc.StatusCode) -> None:
-        facts = inference.facts()
+        if not (inference.trace or logs.logs_requests()):
+            return
+        call = inference.ended(_told(inference, error))
         if logs.logs_requests():
-            logs.log_request(**facts, code=code)
+            logs.log_request(call)
         if self._tracer and inference.trace:
-            self._tracer.end(inference.trace, **facts, code=code)
+            self._tracer.end(inference.trace, call)
 
     def drain(self) -> None:
         """Refuse inference calls from now on."""
         self._draining = True
-
-    @property
-    def ready(self) -> bool:
-        """Whether it takes calls."""
-        return not self._draining
 
 
 def _told(inference: Inference, error: BaseException | None) -> grpc.StatusCode:

@@ -16,7 +16,7 @@ import grpc
 
 from bundle.errors import MissingExtra
 from serve.errors import StartError
-from serve.queue import Times
+from serve.logs import MAX_TEXT, Ended
 
 try:
     from opentelemetry import trace
@@ -36,7 +36,6 @@ LAST_SPANS_S = 2.0  # that a collector has for them when the server stops
 _SERVICE = "inference.GRPCInferenceService"
 _METHOD = "ModelInfer"  # of the requests of a stream, too: each is a call of its own here
 _HEADERS = ("traceparent", "tracestate")
-_MAX_TEXT = 200  # characters of a name or an id that a client chose
 _OURS = {  # codes that are a server's fault, by OpenTelemetry's conventions for RPC
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -83,37 +82,17 @@ class Tracer:
         start_ns = time.perf_counter_ns()
         return Begun(self._propagator.extract(headers), start_ns, time.time_ns() - start_ns)
 
-    def end(
-        self,
-        begun: Begun,
-        *,
-        model: str,
-        version: int | str,
-        id: str,
-        rows: int,
-        code: grpc.StatusCode,
-        times: Times | None = None,
-    ) -> None:
-        """A call was answered.
-
-        Args:
-            begun: what `begin` gave.
-            model: the name that it asked for.
-            version: that answered; what was asked for where none did.
-            id: that the client gave it.
-            rows: 0 where they are not known.
-            code: what the client was told.
-            times: of its job, when it had one.
-        """
+    def end(self, begun: Begun, ended: Ended) -> None:
+        """A call was answered; `begun` is what `begin` gave."""
         attributes = {
             "rpc.system": "grpc",
             "rpc.service": _SERVICE,
             "rpc.method": _METHOD,
-            "rpc.grpc.status_code": code.value[0],
-            "edgeward.model": model[:_MAX_TEXT],
-            "edgeward.version": str(version),
-            "edgeward.id": id[:_MAX_TEXT],
-            "edgeward.rows": rows,
+            "rpc.grpc.status_code": ended.code.value[0],
+            "edgeward.model": ended.model[:MAX_TEXT],
+            "edgeward.version": ended.version,
+            "edgeward.id": ended.id[:MAX_TEXT],
+            "edgeward.rows": ended.rows,
         }
         span = self._tracer.start_span(
             f"{_SERVICE}/{_METHOD}",
@@ -123,14 +102,14 @@ class Tracer:
             start_time=begun.epoch_ns + begun.start_ns,
         )
         if span.is_recording():
-            self._stages(span, begun.epoch_ns, times)
-            if code in _OURS:
+            self._stages(span, begun.epoch_ns, ended)
+            if ended.code in _OURS:
                 span.set_status(trace.StatusCode.ERROR)
         span.end(begun.epoch_ns + time.perf_counter_ns())
 
-    def _stages(self, span: trace.Span, epoch_ns: int, times: Times | None) -> None:
+    def _stages(self, span: trace.Span, epoch_ns: int, ended: Ended) -> None:
         within = trace.set_span_in_context(span, Context())
-        for name, (start, end) in (times.stages() if times else {}).items():
+        for name, (start, end) in ended.stages().items():
             self._tracer.start_span(name, within, start_time=epoch_ns + start).end(epoch_ns + end)
 
     def close(self) -> None:

@@ -155,12 +155,16 @@ class Transport:
             with suppress(RuntimeError):  # the loop is closed: the call was cut off
                 self._loop.call_soon_threadsafe(_settle, waiting, outcome)
 
-        with self._service.call(request, metadata, done, deadline) as inference:
-            try:
-                return inference.answer(await waiting)
-            except asyncio.CancelledError:
+        inference = self._service.begin(request, metadata, done, deadline)
+        try:
+            answer = inference.answer(await waiting)
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
                 inference.cancel()
-                raise
+            self._service.end(inference, error)
+            raise
+        self._service.end(inference, None)
+        return answer
 
     async def _stream(self, requests: AsyncIterator[Request], context: Context) -> AsyncIterator[bytes]:
         """Requests are run side by side and answered in their order; an error is a message, or ends the stream."""

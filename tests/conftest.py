@@ -124,7 +124,8 @@ def image_bundle(image_checkpoint, tmp_path_factory) -> Path:
 @pytest.fixture
 def schedule():
     """Makes schedulers, and closes them."""
-    from serve.scheduler import Policy, Scheduler
+    from serve.queue import Policy
+    from serve.scheduler import Scheduler
     from serve.statistics import Statistics
     from tests.scheduling import PATIENCE_S
 

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 import numpy as np
 
 from bundle.errors import BadInput
-from serve.scheduler import Job
+from serve.queue import Job
 
 PATIENCE_S = 30  # after which a test has failed; none waits for that long
 

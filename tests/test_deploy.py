@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from edgeward.commands import app
+from serve.admission import Traffic
 from serve.config import ServeConfig
-from serve.metrics import Metrics, Traffic
+from serve.metrics import Metrics
 from serve.repository import open_repository
 from tests.serve_bundles import identity
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from serve.admission import Admission
+from serve.admission import Admission, Traffic
 from serve.errors import Exhausted
 
 
@@ -32,7 +32,7 @@ def test_a_refused_request_is_counted_and_holds_nothing(admission):
             admission.request(41)
 
     counts = admission.snapshot()
-    assert (counts.requests, counts.bytes, counts.refused_bytes, counts.refused_streams) == (1, 60, 3, 0)
+    assert counts == Traffic(requests=1, bytes=60, streams=0, refused={"bytes": 3, "streams": 0})
 
 
 def test_a_request_that_can_never_be_let_in_is_told_so(admission):
@@ -50,7 +50,7 @@ def test_streams_are_counted_by_themselves(admission):
         assert admission.snapshot().streams == 2
 
     assert admission.snapshot().streams == 0
-    assert admission.snapshot().refused_streams == 1
+    assert admission.snapshot().refused["streams"] == 1
 
 
 def test_a_failing_request_gives_its_bytes_back(admission):
@@ -93,4 +93,4 @@ def test_threads_never_hold_more_than_the_limit():
     assert max(most) <= 3
     counts = admission.snapshot()
     assert (counts.requests, counts.bytes) == (0, 0)
-    assert len(most) + counts.refused_bytes == 6 * 300
+    assert len(most) + counts.refused["bytes"] == 6 * 300

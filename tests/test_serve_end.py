@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
+from protos import inference_pb2 as pb
 from serve import wire
 from serve.client import Client
 from serve.config import ServeConfig
@@ -125,7 +126,7 @@ def test_while_a_model_is_loaded_a_stopping_server_says_so(tmp_path, transport, 
 
     assert not server.stop()
 
-    assert not server._service.ready
+    assert not server._service.ServerReady(pb.ServerReadyRequest()).ready
     let_go.set()
 
 

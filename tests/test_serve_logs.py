@@ -116,7 +116,7 @@ def test_a_client_cannot_write_a_line_of_its_own(as_json, capsys):
     """A request's id is the client's; neither a newline nor an escape sequence in it reaches the terminal."""
     logs.configure(json=as_json)
     times = Times(1)
-    logs.log_request(model="m", version="", id="a\n[error] b\x1b[2J", rows=1, code=grpc.StatusCode.OK, times=times)
+    logs.log_request(logs.Ended("m", "", "a\n[error] b\x1b[2J", 1, grpc.StatusCode.OK, times))
 
     written = capsys.readouterr().err
     assert written.count("\n") == 1
@@ -146,7 +146,7 @@ def test_a_request_is_one_line_with_its_stages(capsys):
     logs.configure(requests=True)
     assert logs.logs_requests()
     times = Times(queued=1_000_000, started=3_000_000, decoded=3_500_000, ran=7_500_000, ended=7_600_000)
-    logs.log_request(model="mood", version=3, id="x", rows=4, code=grpc.StatusCode.OK, times=times)
+    logs.log_request(logs.Ended("mood", "3", "x", 4, grpc.StatusCode.OK, times))
 
     line = json.loads(capsys.readouterr().err)
     del line["timestamp"], line["level"], line["event"]
@@ -160,7 +160,7 @@ def test_a_request_that_did_not_run_has_the_stages_that_it_reached(capsys):
     """A request that was refused or timed out has no duration of what never happened."""
     logs.configure(requests=True)
     for times in (None, Times(queued=1, ended=9), Times(queued=1, started=5, ended=9)):
-        logs.log_request(model="m", version="", id="", rows=0, code=grpc.StatusCode.UNAVAILABLE, times=times)
+        logs.log_request(logs.Ended("m", "", "", 0, grpc.StatusCode.UNAVAILABLE, times))
 
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [[key for key in line if key.endswith("_ms")] for line in lines] == [[], [], ["queue_ms"]]
@@ -169,7 +169,7 @@ def test_a_request_that_did_not_run_has_the_stages_that_it_reached(capsys):
 def test_a_long_id_is_cut(capsys):
     """An id may be as long as a message; its line is not."""
     logs.configure()
-    logs.log_request(model="m" * 1000, version="", id="i" * 1000, rows=0, code=grpc.StatusCode.NOT_FOUND)
+    logs.log_request(logs.Ended("m" * 1000, "", "i" * 1000, 0, grpc.StatusCode.NOT_FOUND))
 
     line = json.loads(capsys.readouterr().err)
     assert line["model"] == "m" * logs.MAX_TEXT + "…"

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from serve.admission import Traffic
 from serve.client import Client
 from serve.config import ServeConfig
-from serve.metrics import Metrics, Traffic
-from serve.repository import IndexEntry, Served
-from serve.scheduler import Job, Policy, Scheduler
+from serve.index import IndexEntry
+from serve.loading import Served
+from serve.metrics import Metrics
+from serve.queue import Job, Policy
+from serve.scheduler import Scheduler
 from serve.server import start
 from serve.statistics import Statistics
 from tests.serve_bundles import identity
@@ -195,7 +198,7 @@ def test_versions_that_are_not_served_or_were_refused_are_seen():
 
 def test_what_only_the_transport_knows_is_asked_at_every_scrape():
     """Bytes and calls in flight, streams, and calls that were refused before they reached a model."""
-    traffic = iter([Traffic(calls=2, bytes=1000, streams=1, refused={"bytes": 5, "streams": 0}), Traffic()])
+    traffic = iter([Traffic(requests=2, bytes=1000, streams=1, refused={"bytes": 5, "streams": 0}), Traffic()])
     metrics = Metrics(Repository([]), lambda: next(traffic))
     before, after = samples(metrics), samples(metrics)
 

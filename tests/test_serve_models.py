@@ -14,8 +14,8 @@ from bundle.log import captured
 from serve.config import ServeConfig
 from serve.configuration import model_config
 from serve.errors import ConfigRefused, GateNotPassed, StartError, UnknownModel
+from serve.queue import Job
 from serve.repository import Repository
-from serve.scheduler import Job
 from tests.serve_bundles import (
     MOOD,
     identity,

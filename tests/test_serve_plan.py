@@ -14,7 +14,7 @@ from serve import envelope
 from serve.config import ServeConfig
 from serve.envelope import KEPT, parse_request
 from serve.outputs import Wanted, write_answer
-from serve.parameters import Place
+from serve.parameters import SharedPlace
 from serve.server import start
 from serve.shared_memory import FOLDER, Regions
 from serve.tensors import to_raw
@@ -143,7 +143,7 @@ def test_answers_say_what_is_in_shared_memory():
     regions = Regions(enabled=True)
     regions.register("r", f"/{path.name}", 0, 64)
     path.unlink()
-    wanted = [Wanted(TensorSpec("y", "FP32", (-1,)), Place("r", 0, 64)), Wanted(TensorSpec("z", "FP32", (-1,)))]
+    wanted = [Wanted(TensorSpec("y", "FP32", (-1,)), SharedPlace("r", 0, 64)), Wanted(TensorSpec("z", "FP32", (-1,)))]
     for length in (4, 5):
         arrays = {"y": np.ones(length, np.float32), "z": np.zeros(1, np.float32)}
 

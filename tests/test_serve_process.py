@@ -200,5 +200,5 @@ def test_a_drained_service_refuses_by_status(slow):
     assert not service.ModelReady(pb.ModelReadyRequest(name="slow")).ready
     assert service.ServerLive(pb.ServerLiveRequest()).live
     with pytest.raises(NotReady, match="stopping") as refused:
-        service.call(parse_request(pb.ModelInferRequest(model_name="slow").SerializeToString()), (), print).__enter__()
+        service.begin(parse_request(pb.ModelInferRequest(model_name="slow").SerializeToString()), (), print, None)
     assert status(refused.value)[0] is grpc.StatusCode.UNAVAILABLE

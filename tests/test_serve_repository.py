@@ -16,8 +16,8 @@ from bundle.session import Session
 from bundle.store import DIGEST, MANIFEST, digest_line
 from serve.config import ServeConfig
 from serve.errors import Closed, LoadFailed, NotReady, UnknownModel
+from serve.queue import Job
 from serve.repository import Repository
-from serve.scheduler import Job
 from tests.serve_bundles import counter, identity, write_text_bundle
 
 X = np.array([[1, 2]], np.float32)

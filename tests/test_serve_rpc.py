@@ -24,7 +24,7 @@ from protos import inference_pb2_grpc
 from serve.client import Client
 from serve.config import ServeConfig
 from serve.errors import ServerError
-from serve.scheduler import Job
+from serve.queue import Job
 from serve.server import start
 from tests.scheduling import PATIENCE_S
 from tests.serve_bundles import TASKS, identity, model_bytes, png, write_image_bundle, write_text_bundle

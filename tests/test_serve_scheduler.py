@@ -11,7 +11,7 @@ import pytest
 
 from bundle.errors import BadInput
 from serve.errors import Cancelled, Closed, QueueFull, TimedOut
-from serve.scheduler import Job, Policy
+from serve.queue import Job, Policy
 from tests.scheduling import PATIENCE_S, Asked, Doubler
 
 

@@ -20,6 +20,7 @@ from serve import tracing
 from serve.config import ServeConfig
 from serve.envelope import parse_request
 from serve.errors import StartError
+from serve.logs import Ended
 from serve.queue import Times
 from serve.repository import open_repository
 from serve.server import start
@@ -49,7 +50,7 @@ def trace(tracer, metadata=(), *, ran=True, code=grpc.StatusCode.OK, id="7"):
     begun = tracer.begin(metadata)
     start = begun.start_ns
     times = Times(start + 10, start + 30, start + 60, start + 100, start + 150) if ran else Times(start, 0, 0, 0, start)
-    tracer.end(begun, model="mood", version=3, id=id, rows=2, code=code, times=times)
+    tracer.end(begun, Ended("mood", "3", id, 2, code, times))
 
 
 def traced(spans, metadata=(), **call):
@@ -150,9 +151,10 @@ def test_a_deadline_that_passes_during_the_run_is_what_the_client_was_told(passe
     request = pb.ModelInferRequest(model_name="same", raw_input_contents=[b"\0\0\0\0"])
     request.inputs.add(name="x", datatype="FP32", shape=[1])
     asked = parse_request(request.SerializeToString()), (), outcomes.put, time.monotonic() + 3600
-    with service.call(*asked) as inference:
-        assert inference.answer(outcomes.get(timeout=30))
-        inference.job.deadline -= 3600 * passed
+    inference = service.begin(*asked)
+    assert inference.answer(outcomes.get(timeout=30))
+    inference.job.deadline -= 3600 * passed
+    service.end(inference, None)
     repository.close(0)
 
     calls = [span for span in spans.get_finished_spans() if span.kind is SpanKind.SERVER]

@@ -17,6 +17,7 @@ from bundle.log import captured
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serve import answering, completion_queue, logs, pace, scheduler, wire
+from serve import call as serve_call
 from serve.client import Client
 from serve.config import ServeConfig
 from serve.errors import ServerError, StartError
@@ -278,13 +279,13 @@ def test_reflection_reads_a_question_when_its_last_answer_was_taken(server, chan
     """A client that asks and does not read makes the server hold one answer."""
     unsent = set()
     if isinstance(server._transport, completion_queue.Transport):
-        send = completion_queue.Stream.send
+        send = serve_call.Stream.send
 
         def watched(stream, message):
             unsent.add(stream.unsent)
             send(stream, message)
 
-        monkeypatch.setattr(completion_queue.Stream, "send", watched)
+        monkeypatch.setattr(serve_call.Stream, "send", watched)
     question = reflection_pb2.ServerReflectionRequest(file_containing_symbol=wire.SERVICE.full_name)
     ask = channel.stream_stream(wire.REFLECTION, reflection_pb2.ServerReflectionRequest.SerializeToString)
 
@@ -370,9 +371,9 @@ def test_a_call_is_answered_whatever_becomes_of_its_log_and_trace(stub, served, 
 
 def test_answers_of_the_thread_that_takes_the_events_are_sent_together():
     """Up to so many, or when no call is left; those of any other thread at once."""
-    sent, together = [], completion_queue._TOGETHER
+    sent, together = [], serve_call._TOGETHER
     core = SimpleNamespace(start_server_batch=lambda operations, tag: sent.append(tag))
-    calls = completion_queue.Calls()
+    calls = serve_call.Calls()
     calls.open.update(["another", "last"])
 
     calls.send("one", core, (), "of another thread")
@@ -392,7 +393,7 @@ def test_answers_of_the_thread_that_takes_the_events_are_sent_together():
 
 def test_a_call_is_open_until_its_last_batch_has_begun():
     """When none is open the queue may be shut down, and gRPC ends the process where a batch begins after that."""
-    calls, open_then = completion_queue.Calls(), []
+    calls, open_then = serve_call.Calls(), []
     calls.open.add("one")
 
     def begin(operations, tag):
@@ -408,8 +409,8 @@ def test_a_call_is_open_until_its_last_batch_has_begun():
 
 def test_streams_that_bring_enough_wait_for_a_look_at_the_sockets():
     """Else the queue never is empty, and nobody else is heard."""
-    began, in_turn = [], completion_queue._IN_TURN
-    calls = completion_queue.Calls()
+    began, in_turn = [], serve_call._IN_TURN
+    calls = serve_call.Calls()
     calls.lead(threading.get_ident())
 
     for number in range(in_turn + 2):
