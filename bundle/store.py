@@ -29,21 +29,34 @@ FILE_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9.
 
 
 def check_new(out: Path) -> None:
-    """Refuse, before any work, what new_directory could not write; a folder is made in its place and removed.
+    """Refuse, before any work, what new_directory could not write.
 
     Raises:
         OutputExists: `out` is there already; it is left as it is.
         EdgewardError: nothing can be written there.
     """
+    _check_absent(out)
+    check_writable(out, "--out")
+
+
+def check_writable(out: Path, option: str) -> None:
+    """Refuse, before any work, a place where nothing can be written; a folder is made beside it and removed.
+
+    Args:
+        out: a file or a folder, which need not be there.
+        option: that names it.
+
+    Raises:
+        EdgewardError: nothing can be written there.
+    """
     from tempfile import mkdtemp  # as below
 
-    _check_absent(out)
     present = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
     try:
         Path(mkdtemp(prefix=f".{out.name}.", dir=present)).rmdir()
     except OSError as error:
         raise EdgewardError(
-            f"{out} cannot be written: no folder can be made in {present} ({error.strerror}). Choose another --out."
+            f"{out} cannot be written: no folder can be made in {present} ({error.strerror}). Choose another {option}."
         ) from error
 
 
@@ -58,14 +71,16 @@ def new_directory(out: Path) -> Iterator[Path]:
 
     Raises:
         OutputExists: `out` is there already; it is left as it is.
+        EdgewardError: the system says no: the disk is full, or cannot be written.
     """
     from shutil import rmtree  # half a megabyte, of which a server has no need
     from tempfile import mkdtemp
 
     _check_absent(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    beside = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         yield beside
         beside.chmod(0o755)  # mkdtemp gives 0700, which a server under another user could not read
         _flush(beside)
@@ -76,8 +91,13 @@ def new_directory(out: Path) -> Iterator[Path]:
                 raise
             raise OutputExists(f"{out} appeared while it was being written; nothing was replaced.") from error
         _flush_one(out.parent)
+    except OSError as error:
+        raise EdgewardError(
+            f"{out} was not written, and nothing is left of it: {error}. Make room, or choose another place."
+        ) from error
     finally:
-        rmtree(beside, ignore_errors=True)
+        if beside:
+            rmtree(beside, ignore_errors=True)
 
 
 def _flush(directory: Path) -> None:

@@ -105,6 +105,10 @@ def _check(config: ExportConfig) -> str:
         )
     if config.report is not None and config.report.suffix not in (".json", ".html"):
         raise BundleError(f"--report {config.report} says no format: let its name end in .json or .html.")
+    if config.report is not None:
+        if config.report.is_dir():
+            raise BundleError(f"--report {config.report} is a folder: name a file in it.")
+        store.check_writable(config.report, "--report")
     store.check_new(config.out)  # now, not after the search
     return name
 

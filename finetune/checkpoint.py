@@ -118,10 +118,14 @@ def write_checkpoint(
 
     Raises:
         OutputExists: there is something at `out`.
+        EdgewardError: the disk is full, or cannot be written.
     """
     with store.new_directory(out) as directory:
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
-        save_file(tensors, directory / WEIGHTS)
+        try:
+            save_file(tensors, directory / WEIGHTS)
+        except SafetensorError as error:  # in which it tells of the disk
+            raise OSError(error) from error
         (directory / SPLITS).write_bytes(to_json(splits))
         for name, data in files.items():
             (directory / name).write_bytes(data)

@@ -84,12 +84,12 @@ class Progress:
                 save_file(_flat(state.tensors), directory / TENSORS)
                 digest = store.sha256_file(directory / TENSORS)
                 (directory / STATE).write_text(json.dumps(self._describe(state, digest), indent=1))
-        except (OSError, SafetensorError) as error:
+        except (EdgewardError, SafetensorError) as error:
             last = self._newest()
             kept = f"that of step {last.name} is still there" if last else "there is none before it"
             raise EdgewardError(
-                f"the state of the training after step {state.step} could not be written to {out}: {error}; {kept}. "
-                "Make room, and go on with --resume."
+                f"the state of the training after step {state.step} could not be written to {out}: "
+                f"{error.__cause__ or error}; {kept}. Make room, and go on with --resume."
             ) from error
         for other in self.folder.iterdir():
             if other != out:

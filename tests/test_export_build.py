@@ -233,6 +233,19 @@ def test_out_that_cannot_be_written_is_refused_first(tmp_path):
         export_checkpoint(ExportConfig(tmp_path / "none", out=tmp_path / "file" / "b"))
 
 
+@pytest.mark.parametrize(
+    ("report", "says"),
+    [("file/r.html", "Choose another --report"), ("folder.json", "is a folder: name a file in it")],
+)
+def test_report_that_cannot_be_written_is_refused_first(report, says, tmp_path):
+    """Else the search were lost with it."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.json").mkdir()
+    config = ExportConfig(tmp_path / "none", out=tmp_path / "b", report=tmp_path / report)
+    with pytest.raises(EdgewardError, match=says):
+        export_checkpoint(config)
+
+
 @pytest.mark.parametrize("report", ["b/report.html", "b/deep/../r.json", "b"])
 def test_report_inside_out_is_refused_first(report, tmp_path):
     """It would be there before the bundle, which could then not be written: that is said before the search."""

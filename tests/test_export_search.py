@@ -8,7 +8,7 @@ import pytest
 import bundle
 import export
 import finetune
-from bundle.errors import GateFailed
+from bundle.errors import EdgewardError, GateFailed
 from bundle.model import load_model
 from bundle.store import open_bundle
 from export import bench, graph, ladder, memory, placement, quantize, search, source, timing
@@ -230,7 +230,7 @@ def test_the_page_in_the_bundle_shows_no_example(checkpoint, tmp_path):
 
 
 def test_a_full_disk_leaves_nothing(checkpoint, tmp_path, monkeypatch):
-    """The error is the system's, and no half of a bundle is there."""
+    """One line says so, and no half of a bundle is there."""
     from bundle import store
 
     def full(*_):
@@ -238,7 +238,7 @@ def test_a_full_disk_leaves_nothing(checkpoint, tmp_path, monkeypatch):
 
     monkeypatch.setattr(store, "seal", full)
     config = ExportConfig(checkpoint, out=tmp_path / "b", variant="int8-dynamic", max_drop=5, threads=1)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(EdgewardError, match=r"b was not written, and nothing is left of it: .*No space left"):
         export_checkpoint(config, timer=clock(1.0, 0.5))
     assert list(tmp_path.iterdir()) == []
 

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bundle.errors import CheckpointError, DataError, DeviceUnavailable, EdgewardError, OutputExists, TrainingDiverged
@@ -260,14 +261,15 @@ def test_divergence_is_named_and_leaves_nothing(place, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_failure_while_writing_leaves_nothing(place, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("I/O error: No space left")])
+def test_failure_while_writing_leaves_nothing(place, tmp_path, monkeypatch, error):
     """A full disk halfway through the weights leaves no checkpoint and nothing beside it."""
 
     def fail(*args):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr("finetune.checkpoint.save_file", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(EdgewardError, match=r"out was not written, and nothing is left of it: .*No space left"):
         train(digits_config(place, tmp_path / "new" / "out"))
     assert list((tmp_path / "new").iterdir()) == []
 
