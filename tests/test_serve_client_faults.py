@@ -304,7 +304,15 @@ def test_a_token_goes_over_tls_or_stays_on_this_machine(kind, certificates, tmp_
 
 
 @pytest.mark.parametrize(
-    "address", ["10.0.0.1:8001", "example.org:8001", "127.0.0.1,10.0.0.1:80", "dns:///localhost:1"]
+    "address",
+    [
+        "10.0.0.1:8001",
+        "example.org:8001",
+        "unix-gateway.example:8001",
+        "unix.example:8001",
+        "127.0.0.1,10.0.0.1:80",
+        "dns:///localhost:1",
+    ],
 )
 def test_a_token_never_crosses_a_network_in_plain_text(kind, address):
     """Nothing is sent, and the error does not say the token."""

@@ -86,7 +86,7 @@ def resolve(address: str, *, tls: Tls | None = None, token: str | None = None, a
 
 
 def _is_local(address: str) -> bool:
-    if address.startswith("unix"):
+    if re.match("unix(-abstract)?:", address):  # and not a host whose name begins so
         return True
     host = address.rpartition(":")[0].strip("[]")
     try:
