@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
+from weakref import WeakSet
 
 from bundle.errors import BadInput
 from bundle.host import trim_memory
@@ -14,6 +15,7 @@ from serve.errors import Closed, ConfigRefused, LoadFailed, NotReady, StartError
 from serve.index import IndexEntry, make_index
 from serve.layout import VERSION, Failure, Layout, Place, find_places, parse_versions
 from serve.loading import Loaded, Refused, Served, load_place, reason
+from serve.scheduler import Scheduler
 
 Answer = TypeVar("Answer")
 
@@ -48,7 +50,7 @@ class Repository:
         self._failures: Sequence[Failure] = ()
         self._told: set[str] = set()  # what was logged of the disk as it is
         self._closed = False
-        self._cut_off = False  # whether calls outlived a drain
+        self._cut_off: WeakSet[Scheduler] = WeakSet()  # whose calls outlived a drain
         self._open()
 
     def _open(self) -> None:
@@ -199,19 +201,18 @@ class Repository:
             drain.join()
 
     def close(self, drain_s: float) -> bool:
-        """Take no more calls, let those that came end, and say whether all did.
+        """Take no more calls, let those that came end, and say whether all did, also those of versions that are gone.
 
         Args:
             drain_s: how long they may go on.
         """
         self._closed = True
-        self._cut_off = False
         for versions in self._loaded.values():
             for loaded in versions.values():
                 self._retire(loaded, drain_s)
         for drain in list(self._draining):
             drain.join()
-        return not self._cut_off
+        return not any(scheduler.running for scheduler in self._cut_off)
 
     def _look(self) -> Layout:
         layout = find_places(self._config.paths, self._policy)
@@ -270,8 +271,7 @@ class Repository:
 
     def _drain(self, drain_s: float) -> None:
         thread = threading.current_thread()
-        if not _close(self._draining[thread], drain_s):
-            self._cut_off = True
+        self._cut_off.update(_close(self._draining[thread], drain_s))
         del self._draining[thread]  # and with it the session
         trim_memory()
 
@@ -291,13 +291,14 @@ def open_repository(config: ServeConfig) -> Repository:
     return repository
 
 
-def _close(loaded: Loaded, drain_s: float) -> bool:
-    """Whether all calls ended in time."""
+def _close(loaded: Loaded, drain_s: float) -> list[Scheduler]:
+    """Those whose calls did not end in time."""
     deadline = time.monotonic() + drain_s
-    closed = [served.scheduler.close(max(0.0, deadline - time.monotonic())) for served in loaded.served]
-    level = log.info if all(closed) else log.warning
-    level("unloaded", model=loaded.place.name, version=loaded.place.version, all_calls_ended=all(closed))
-    return all(closed)
+    schedulers = [served.scheduler for served in loaded.served]
+    late = [each for each in schedulers if not each.close(max(0.0, deadline - time.monotonic()))]
+    level = log.warning if late else log.info
+    level("unloaded", model=loaded.place.name, version=loaded.place.version, all_calls_ended=not late)
+    return late
 
 
 def _by_name(places: Sequence[Place]) -> dict[str, list[Place]]:

@@ -51,6 +51,41 @@ def test_a_run_that_outlasts_the_drain_does_not_keep_the_process(tmp_path, trans
         client.close()
 
 
+def test_a_run_of_an_unloaded_version_does_not_keep_the_process(tmp_path, transport):
+    """It has outlasted the drain of its version, and goes on when the server ends."""
+    path = tmp_path / "slow.onnx"
+    path.write_bytes(counter())
+    with run_server(path, transport=transport, **OPTIONS) as process, ThreadPoolExecutor() as pool:
+        client = Client(address_in(wait_for(process, '"event": "ready"')))
+        call = pool.submit(lambda: list(client.stream("slow", [{"n": np.array(10_000_000_000)}])))
+        while not _busy(client):
+            pass
+        client.unload("slow")
+        process.terminate()
+
+        assert process.wait(60) == 0
+        assert call.exception() is not None
+        client.close()
+
+
+def test_a_run_that_outlasted_the_drain_of_its_version_may_have_ended_since(tmp_path, transport):
+    """Then the server ends as any other."""
+    path, began, let_go = tmp_path / "echo.onnx", threading.Event(), threading.Event()
+    path.write_bytes(identity(np.float32, [None, 2]))
+    server = start(ServeConfig((path,), port=0, device="cpu", threads=1, transport=transport, **OPTIONS))
+    model = server._repository.find("echo", "").model
+    run = model.run
+    object.__setattr__(model, "run", lambda *arguments: began.set() or (let_go.wait(60) and run(*arguments)))
+    with Client(server.address) as client, ThreadPoolExecutor() as pool:
+        call = pool.submit(client.infer, "echo", {"x": np.zeros((1, 2), np.float32)})
+        assert began.wait(60)
+        client.unload("echo")
+        let_go.set()
+        call.result()
+
+        assert server.stop(0)
+
+
 def _busy(client):
     """Whether a second call has to wait, and is then given up: the first one runs."""
     try:
