@@ -103,14 +103,19 @@ class ServerError(EdgewardError):
     """The server refused a call, failed, or was not reached.
 
     Attributes:
+        address: of the server, as the client was told it.
         code: the gRPC status.
         details: the server's words.
     """
 
     def __init__(self, address: str, code: grpc.StatusCode, details: str) -> None:
-        super().__init__(f"{address} answered {code.name}: {details}")
+        super().__init__(address, code, details)  # its `args`, from which a copy or another process makes it again
+        self.address = address
         self.code = code
         self.details = details
+
+    def __str__(self) -> str:
+        return f"{self.address} answered {self.code.name}: {self.details}"
 
 
 def forget_frames(error: BaseException | None) -> None:

@@ -1,5 +1,7 @@
 """Both clients, where servers and networks fail: attempts, deadlines, order, credentials, answers that are none."""
 
+import copy
+import pickle
 import subprocess
 import sys
 from itertools import count
@@ -77,6 +79,17 @@ def test_nothing_else_is_asked_again(client, server, code):
 
     assert refusal(client.infer, "m", texts(b"a")).code is grpc.StatusCode[code]
     assert server.calls["ModelInfer"] == 1
+
+
+def test_a_refusal_reaches_another_process():
+    """A pool of processes pickles what its workers raise, and waits for ever for what cannot be read again."""
+    error = ServerError("127.0.0.1:1", grpc.StatusCode.UNAVAILABLE, "gone")
+    error.add_note("of shard 3")
+
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert str(again) == str(error) == "127.0.0.1:1 answered UNAVAILABLE: gone"
+        assert vars(again) == vars(error)
+        assert (again.address, again.code, again.details) == error.args
 
 
 def test_a_model_is_not_loaded_twice(client, server):
