@@ -15,7 +15,7 @@ from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serve.client import Client
 from serve.client.calls import Class, Health
-from serve.client.columns import MAX_BYTES, cut
+from serve.client.columns import MAX_BYTES, ModelMetadata, cut, to_columns
 from serve.client.region import Region
 from serve.config import ServeConfig
 from serve.errors import ServerError
@@ -25,6 +25,11 @@ from tests.certificates import write_certificates
 from tests.serve_bundles import identity, model_bytes, png, write_image_bundle, write_text_bundle
 
 TOKEN = "correct-horse-battery-staple"
+TEXT, MORE = (TensorSpec(name, "BYTES", (-1, 1)) for name in ("text", "more"))
+METADATA = {
+    "raw": ModelMetadata("mood", (1,), "edgeward_bundle", (TEXT,), ()),
+    "pair": ModelMetadata("answers", (1,), "edgeward_bundle", (TEXT, MORE), ()),
+}
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +147,35 @@ def test_texts_may_be_str_or_bytes(client):
 def test_images_are_sent_as_they_are(client):
     """The input's name comes from the model's metadata."""
     assert client.predict("colour", [png("red"), png("blue")])["label"].shape == (2, 1)
+
+
+@pytest.mark.parametrize("examples", ["raw", "pair"])
+def test_examples_that_come_one_by_one_are_bad_input(examples):
+    """Such as zip gives: they can be read only once. A list of them is taken."""
+    texts = ["né", "b"]
+    metadata, raws = METADATA[examples], {"raw": texts, "pair": list(zip(texts, texts, strict=True))}[examples]
+    columns = to_columns(raws, metadata)
+
+    assert [column.tolist() for column in columns.values()] == [[["né".encode()], [b"b"]]] * len(metadata.inputs)
+    for given in (iter(raws), (raw for raw in raws), np.array("a"), 7):
+        with pytest.raises(BadInput, match=f"the examples are one {type(given).__name__}; expected a list"):
+            to_columns(given, metadata)
+
+
+@pytest.mark.parametrize(
+    ("examples", "raws", "words"),
+    [
+        ("raw", ["a", "\ud83d"], "example 1 has a text that is not UTF-8: surrogates not allowed at 0"),
+        ("pair", [("a", "b"), ("a", "b\ud83d")], "example 1 has a text that is not UTF-8: surrogates not allowed at 1"),
+        ("pair", [{"a": 1, "b": 2}], "example 0 is no pair of texts"),
+        ("pair", [{"a", "b"}], "example 0 is no pair of texts"),
+        ("pair", [np.array("a")], "example 0 is no pair of texts"),
+    ],
+)
+def test_what_is_no_text_or_pair_is_bad_input_that_names_it(examples, raws, words):
+    """As everything that cannot be sent."""
+    with pytest.raises(BadInput, match=words):
+        to_columns(raws, METADATA[examples])
 
 
 def test_predict_of_a_graph_points_to_infer(client):

@@ -1,6 +1,6 @@
 """Raw examples as the columns of a bundle, in requests of a size that a server takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -101,21 +101,37 @@ def _row_bytes(row: Any) -> int:
 
 
 def _bytes_column(raws: Raws, expected: str) -> np.ndarray:
-    if isinstance(raws, str | bytes | Mapping):
+    if isinstance(raws, str | bytes | Mapping) or not _are_many(raws):
         raise BadInput(f"the examples are one {type(raws).__name__}; expected a list, each of it {expected}.")
     column = np.empty((len(raws), 1), object)
     for i, raw in enumerate(raws):
         if not isinstance(raw, str | bytes):
             raise BadInput(f"example {i} is of type {type(raw).__name__}; expected {expected}.")
-        column[i, 0] = raw.encode() if isinstance(raw, str) else raw
+        column[i, 0] = _encoded(raw, i)
     return column
 
 
+def _are_many(values: Any) -> bool:
+    """Whether values have a length. An iterator has none: it may never end, and can be read only once."""
+    return isinstance(values, Collection) and getattr(values, "shape", None) != ()
+
+
+def _encoded(raw: str | bytes, example: int) -> bytes:
+    try:
+        return raw.encode() if isinstance(raw, str) else raw
+    except UnicodeEncodeError as error:
+        raise BadInput(f"example {example} has a text that is not UTF-8: {error.reason} at {error.start}.") from error
+
+
 def _pair_columns(raws: Raws) -> list[np.ndarray]:
+    if not _are_many(raws):
+        raise BadInput(f"the examples are one {type(raws).__name__}; expected a list, each of it a pair of texts.")
+    pairs = []
     for i, raw in enumerate(raws):
-        if isinstance(raw, str | bytes) or not hasattr(raw, "__len__") or len(raw) != 2:
+        if isinstance(raw, str | bytes | Mapping | Set) or not _are_many(raw) or len(raw) != 2:
             raise BadInput(f"example {i} is no pair of texts; expected (first, second).")
-    return [_bytes_column([raw[side] for raw in raws], "a pair of texts") for side in (0, 1)]
+        pairs.append(tuple(raw))
+    return [_bytes_column([pair[side] for pair in pairs], "a pair of texts") for side in (0, 1)]
 
 
 def _vectors(raws: Sequence[Any] | np.ndarray, size: int) -> np.ndarray:
