@@ -8,29 +8,36 @@ from pathlib import Path
 from bundle import image
 from bundle.errors import BadInput, DataError
 from bundle.host import cpu_count
+from bundle.log import log
 from finetune.labels import read_target
 from finetune.progress import track
 from finetune.source import Source
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 TASK = "label"  # what is predicted of a folder, which has no column to be named after
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}  # no names of classes
 
 
 def read_folder(path: Path) -> Source:
     """The images `CLASS/*.png`, `*.jpg` and `*.jpeg` below a folder, at any depth.
 
     Raises:
-        DataError: a class folder without images.
+        DataError: no class folder, one without images, or folders that are splits instead of classes.
     """
     files: list[Path] = []
     labels: list[str] = []
-    for folder in sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        images = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
-        images = [p for p in images if not p.name.startswith(".")]
+    others: list[Path] = []
+    for folder in _class_folders(path):
+        present = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+        images = [p for p in present if p.suffix.lower() in SUFFIXES]
         if not images:
             raise DataError(f"class folder {folder} holds no PNG or JPEG file. Fill it or remove it.")
         files += images
         labels += [folder.name] * len(images)
+        others += [p for p in present if p.suffix.lower() not in SUFFIXES]
+    if others:
+        first = str(others[0].relative_to(path))
+        log.warning("files that are no PNG or JPEG left out", data=str(path), count=len(others), first=first)
     digests, bad = check_images(files)
     return Source(
         location=str(path),
@@ -40,6 +47,19 @@ def read_folder(path: Path) -> Source:
         targets=(read_target(TASK, "multiclass", labels)[0],),
         bad=bad,
     )
+
+
+def _class_folders(path: Path) -> list[Path]:
+    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
+        raise DataError(f"{path} holds no folder. Put the images of each class into a folder of its name: CLASS/*.jpg.")
+    names = [folder.name for folder in folders]
+    if SPLITS.issuperset(name.lower() for name in names) and all(any(p.is_dir() for p in f.iterdir()) for f in folders):
+        raise DataError(
+            f"{path} holds {', '.join(names)}: splits, as it seems, with the classes below. Give one of them, such as "
+            f"{folders[0]}, or put all images into {path}/CLASS; which are trained on is decided by --split."
+        )
+    return folders
 
 
 def check_images(files: Sequence[Path]) -> tuple[list[str], dict[int, str]]:

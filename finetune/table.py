@@ -164,7 +164,10 @@ def _read_csv(path: Path, strings: Collection[str], wanted: list[str] | None) ->
 
     table = arrow_csv.read_csv(
         pa.py_buffer(data),
-        read_options=arrow_csv.ReadOptions(use_threads=False),  # with threads, rows that are lost have no number
+        read_options=arrow_csv.ReadOptions(
+            use_threads=False,  # with threads, rows that are lost have no number
+            block_size=min(len(data) + 1, 2**31 - 1),  # the most that a cell may have
+        ),
         parse_options=arrow_csv.ParseOptions(newlines_in_values=True, invalid_row_handler=lose),
         convert_options=arrow_csv.ConvertOptions(
             include_columns=wanted, column_types=dict.fromkeys(strings, pa.string())

@@ -64,21 +64,43 @@ def test_csv_keeps_what_is_quoted(tmp_path):
     assert dataset.targets[0].labels == ("0", "1")
 
 
+def test_csv_cell_may_be_long(tmp_path):
+    """Longer than the blocks that Arrow reads by itself."""
+    texts = [f"{i} " + "long " * 500_000 if i % 2 else f"{i} short" for i in range(4)]
+    path = write_csv(tmp_path / "a.csv", [["text", "label"], *([text, i // 2] for i, text in enumerate(texts))])
+
+    dataset = load_dataset(path, "text")
+
+    assert [dataset.raw(i).decode() for i in range(4)] == texts
+
+
 def test_folder_is_its_class_folders(tmp_path):
-    """Images are found at any depth, by any case of the suffix; other and hidden files are not examples."""
+    """Images are found at any depth, by any case of the suffix; other files are told of, hidden ones are not."""
     write_digits(tmp_path, 60)
     (tmp_path / "0" / "deep").mkdir()
     moved = sorted((tmp_path / "0").glob("*.png"))[0].rename(tmp_path / "0" / "deep" / "X.PNG")
-    (tmp_path / "0" / "notes.txt").write_text("not an image")
+    (tmp_path / "0" / "photo.webp").write_text("not an image")
     (tmp_path / "0" / ".hidden.png").write_text("not an image")
     (tmp_path / ".cache").mkdir()
 
-    dataset = load_dataset(tmp_path, "image")
+    with captured() as logs:
+        dataset = load_dataset(tmp_path, "image")
 
+    assert [(each["count"], each["first"]) for each in logs if "left out" in each["event"]] == [(1, "0/photo.webp")]
     assert len(dataset) == 60
     assert (dataset.input_columns, dataset.label_columns, dataset.held_out) == ((), (), None)
     assert dataset.targets[0].labels == tuple("0123456789")
     assert dataset.raw(dataset.names.index("0/deep/X.PNG")) == moved.read_bytes()
+
+
+def test_folders_of_splits_are_no_classes(tmp_path):
+    """Else the model would learn to tell the training's images from the validation's."""
+    for split in ("train", "Val"):
+        write_digits(tmp_path / "splits" / split, 20)
+
+    with pytest.raises(DataError, match=r"splits holds Val, train: splits, as it seems.* Give one of them"):
+        load_dataset(tmp_path / "splits", "image")
+    assert len(load_dataset(tmp_path / "splits" / "train", "image")) == 20
 
 
 def test_table_may_hold_image_paths(tmp_path):
@@ -164,7 +186,7 @@ def test_places_without_data_are_refused(tmp_path):
         load_dataset("torchvision:MNIST", "image")
     with pytest.raises(DataError, match="texts come as"):
         load_dataset(tmp_path, "text")
-    with pytest.raises(DataError, match="has no examples"):
+    with pytest.raises(DataError, match=r"holds no folder. Put the images of each class into a folder"):
         load_dataset(tmp_path, "image")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"class folder .*empty holds no PNG"):
