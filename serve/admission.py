@@ -90,7 +90,7 @@ class Admission:
         if kind == "streams":
             raise Exhausted(f"{held} streams are open, and there may be {limit}. Close one, or try again later.")
         raise Exhausted(
-            f"the request has {amount} bytes, and {held} are in work, of which there may be {limit}. "
+            f"the request takes {amount} bytes, and {held} are in work, of which there may be {limit}. "
             + ("Send smaller requests." if amount > limit else "Try again later.")
         )
 

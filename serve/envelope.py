@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 
 from bundle.errors import BadInput
 from protos import inference_pb2 as pb
-from serve.inputs import shared_bytes
+from serve.inputs import count_strings, shared_bytes
 from serve.parameters import RequestOptions, read_request
 
 KEPT = 256  # envelopes, and as many plans of each model
@@ -20,6 +20,8 @@ MAX_FIELDS = 4096  # of a request: each tensor that it describes or brings is on
 _LARGE = 4 << 10  # bytes; of an envelope that is not kept, as one with tensors in it
 _MANY = 64  # fields of an envelope that is not kept either: as a message each takes many times its bytes
 _SMALL = 64 << 10  # bytes; of a request whose tensors are copied, and then lie where the machine may expect them
+_STRING = 400  # bytes that a string takes beside its own: as an object here, in the runtime, and on the way back
+_LEAST = 2  # bytes of a message that a string has at least
 _ID = 3 << 3 | 2  # the tag of id
 _RAW = 7 << 3 | 2  # the tag of raw_input_contents
 _LENGTH = 2  # the wire type of everything else that a ModelInferRequest has, too
@@ -51,6 +53,7 @@ class Envelope:
         model_name: that is asked for.
         model_version: the same; "" for the highest there is.
         shared_bytes: that the inputs take in shared memory, as they claim.
+        strings: elements of the inputs of strings, as they claim.
         kept: whether requests that are alike have this same object.
     """
 
@@ -59,6 +62,7 @@ class Envelope:
         self.model_name: str = message.model_name  # every look at a field of a message makes new objects
         self.model_version: str = message.model_version
         self.shared_bytes = shared_bytes(message)
+        self.strings = count_strings(message)
 
     @cached_property
     def options(self) -> RequestOptions:
@@ -73,7 +77,7 @@ class Request(NamedTuple):
         envelope: all but what follows.
         id: that comes back in the answer.
         raws: its raw_input_contents.
-        size: bytes of the message, and of what it claims in shared memory.
+        size: bytes of the message, of what it claims in shared memory, and what its strings take beside them.
     """
 
     envelope: Envelope
@@ -99,7 +103,8 @@ def parse_request(data: bytes) -> Request:
         rest = b"".join(others)
         kept = len(rest) < _LARGE and len(others) <= _MANY
         envelope = _kept(rest) if kept else Envelope(_parse(rest), kept=False)
-    return Request(envelope, name, raws, len(data) + envelope.shared_bytes)
+    size = len(data) + envelope.shared_bytes
+    return Request(envelope, name, raws, size + _STRING * min(envelope.strings, size // _LEAST))
 
 
 @lru_cache(KEPT)

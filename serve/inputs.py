@@ -104,6 +104,12 @@ def shared_bytes(request: pb.ModelInferRequest) -> int:
     return sum(claim for claim in claims if claim <= MAX_BYTES)
 
 
+def count_strings(request: pb.ModelInferRequest) -> int:
+    """The elements of all inputs of strings, as they are claimed."""
+    strings = [tensor for tensor in request.inputs if tensor.datatype == "BYTES"]
+    return sum(math.prod(max(0, length) for length in tensor.shape) for tensor in strings)
+
+
 def _described(tensor: Tensor, spec: TensorSpec) -> Input:
     where = f"input {spec.name!r}"
     return Input(

@@ -146,3 +146,20 @@ def test_tensors_lie_where_the_machine_may_expect_them():
         assert not arrays["u"].flags.owndata
         for name, array in arrays.items():
             np.testing.assert_array_equal(array, values[name])
+
+
+def test_strings_count_with_what_they_take_in_memory():
+    """Each is an object of its own; a claim beyond what the message can hold counts no more than that."""
+    request = pb.ModelInferRequest(model_name="m")
+    request.inputs.add(name="x", datatype="BYTES", shape=[10, 100])
+    request.inputs.add(name="y", datatype="FP32", shape=[2**40])
+    request.raw_input_contents.append(b"\2\0\0\0ab" * 1000)
+    data = request.SerializeToString()
+
+    assert envelope.parse_request(data).size == len(data) + 1000 * 400
+    request.inputs[0].shape[:] = [2**40, -1]
+    assert envelope.parse_request(request.SerializeToString()).size == request.ByteSize()
+    request.inputs[0].shape[:] = [2**40]
+    assert (
+        envelope.parse_request(request.SerializeToString()).size == request.ByteSize() + request.ByteSize() // 2 * 400
+    )
