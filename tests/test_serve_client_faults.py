@@ -187,6 +187,33 @@ def test_a_refused_request_says_where_its_examples_begin(kind, server):
     assert later.details == "example 0 is bad (of the request that begins with example 2)"
 
 
+@pytest.mark.parametrize(
+    ("version", "classes", "code", "says"),
+    [
+        ("2", 2, "UNAVAILABLE", "versions 1 and 2 have answered some of the examples each"),
+        ("2", 3, "UNAVAILABLE", "versions 1 and 2 have answered some of the examples each"),
+        ("1", 3, "UNKNOWN", "an answer that cannot be read"),
+    ],
+)
+def test_one_predict_is_answered_by_one_version(kind, server, version, classes, code, says):
+    """Nobody could tell whose scores stand in a row, and another version may have more of them."""
+    versions = iter([("1", 2), (version, classes), (version, classes), (version, classes)])
+
+    def answer(request):
+        number, columns = next(versions)
+        server.answer = pb.ModelInferResponse(model_version=number, raw_output_contents=[bytes(4 * columns)])
+        server.answer.outputs.add(name="score", datatype="FP32", shape=[1, columns])
+
+    server.refuses = answer
+    with kind(server.address, max_rows=1, parallel=1) as client:
+        refused = refusal(client.predict, "m", ["a", "b"])
+        again = client.predict("m", ["a", "b"])
+
+    assert refused.code is grpc.StatusCode[code]
+    assert refused.details.startswith(says)
+    assert again["score"].shape == (2, classes)
+
+
 def test_the_input_is_looked_up_anew_after_a_refusal(client, server):
     """A version that came meanwhile may call it otherwise."""
     client.predict("m", ["a"])

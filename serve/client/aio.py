@@ -14,9 +14,9 @@ import numpy as np
 
 from protos import inference_pb2 as pb
 from serve.client import calls
-from serve.client.calls import Answer, Call, Class, Health, Parameters, Tensors
+from serve.client.calls import Answer, Call, Class, Health, Parameters, Part, Tensors
 from serve.client.channel import ATTEMPTS, Tls, resolve
-from serve.client.columns import ModelMetadata, Raws, check_batching, cut, join, to_columns
+from serve.client.columns import ModelMetadata, Raws, check_batching, cut, to_columns
 from serve.client.region import Region, SharedTensor
 from serve.errors import ServerError
 
@@ -211,12 +211,12 @@ class AioClient:
         parts = cut(columns, self.max_rows)
         if len(parts) == 1:
             return await self._run(calls.infer(model, columns, version), deadline - time.monotonic())
-        answers, running = [], deque[tuple[slice, Call[dict[str, np.ndarray]], Any]]()
+        answers, running = [], deque[tuple[slice, Call[Part], Any]]()
         try:
             for rows in parts:
                 if len(running) == self.parallel:
                     answers.append(await self._result(*running.popleft()))
-                call = calls.infer(model, {name: column[rows] for name, column in columns.items()}, version)
+                call = calls.infer_part(model, {name: column[rows] for name, column in columns.items()}, version)
                 left_s = deadline - time.monotonic()
                 running.append(
                     (rows, call, self._stub.ModelInfer(call.request, timeout=left_s, metadata=self._headers))
@@ -226,7 +226,7 @@ class AioClient:
         finally:
             for _, _, message in running:
                 message.cancel()
-        return join(answers)
+        return calls.join(answers, self.address)
 
     async def _result(self, rows: slice, call: Call[Answer], message: Any) -> Answer:
         with calls.failures_of(self.address, rows):

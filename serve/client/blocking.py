@@ -15,9 +15,9 @@ import numpy as np
 
 from protos import inference_pb2 as pb
 from serve.client import calls
-from serve.client.calls import Answer, Call, Class, Health, Parameters, Tensors
+from serve.client.calls import Answer, Call, Class, Health, Parameters, Part, Tensors
 from serve.client.channel import ATTEMPTS, Tls, resolve
-from serve.client.columns import ModelMetadata, Raws, check_batching, cut, join, to_columns
+from serve.client.columns import ModelMetadata, Raws, check_batching, cut, to_columns
 from serve.client.region import Region, SharedTensor
 from serve.errors import ServerError
 
@@ -144,7 +144,8 @@ class Client:
 
         Raises:
             BadInput: the model is no bundle, or takes other examples.
-            ServerError: an example cannot be used, there is no such model, or no answer.
+            ServerError: an example cannot be used, there is no such model, or no answer; or a version that came meanwhile
+                answered some of the requests.
         """
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         try:
@@ -279,12 +280,12 @@ class Client:
         parts = cut(columns, self.max_rows)
         if len(parts) == 1:
             return self._run(calls.infer(model, columns, version), deadline - time.monotonic())
-        answers, running = [], deque[tuple[slice, Call[dict[str, np.ndarray]], Any]]()
+        answers, running = [], deque[tuple[slice, Call[Part], Any]]()
         try:
             for rows in parts:
                 if len(running) == self.parallel:
                     answers.append(self._result(*running.popleft()))
-                call = calls.infer(model, {name: column[rows] for name, column in columns.items()}, version)
+                call = calls.infer_part(model, {name: column[rows] for name, column in columns.items()}, version)
                 left_s = deadline - time.monotonic()
                 future = self._stub.ModelInfer.future(call.request, timeout=left_s, metadata=self._headers)
                 running.append((rows, call, future))
@@ -293,7 +294,7 @@ class Client:
         finally:
             for _, _, future in running:
                 future.cancel()
-        return join(answers)
+        return calls.join(answers, self.address)
 
     def _result(self, rows: slice, call: Call[Answer], future: Any) -> Answer:
         with calls.failures_of(self.address, rows):

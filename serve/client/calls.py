@@ -38,6 +38,14 @@ class Call(Generic[Answer]):
     read: Callable[[Any], Answer]
 
 
+@dataclass(frozen=True)
+class Part:
+    """The answer for some of the examples, and the version of the model that gave it."""
+
+    version: str
+    arrays: dict[str, np.ndarray]
+
+
 class Health(IntEnum):
     """What grpc.health.v1 says of a server, or of one of its models."""
 
@@ -200,6 +208,29 @@ def infer(
             _refer(output.parameters, rooms[output.name])
     _set(request.parameters, parameters or {})
     return Call("ModelInfer", request, lambda answer: _arrays(answer, rooms))
+
+
+def infer_part(model: str, tensors: Tensors, version: str) -> Call[Part]:
+    """Some of the examples of a call that takes several requests."""
+    request = infer_request(model, tensors, version, ())
+    return Call("ModelInfer", request, lambda answer: Part(answer.model_version, _arrays(answer, {})))
+
+
+def join(parts: Sequence[Part], address: str) -> dict[str, np.ndarray]:
+    """The answers of several requests as those of one.
+
+    Raises:
+        ServerError: they are of several versions of the model, or do not fit together.
+    """
+    versions = dict.fromkeys(part.version for part in parts)
+    if len(versions) > 1:
+        raise ServerError(
+            address,
+            grpc.StatusCode.UNAVAILABLE,
+            f"versions {' and '.join(versions)} have answered some of the examples each. Ask again for answers of one.",
+        )
+    with _read_from(address):
+        return {name: np.concatenate([part.arrays[name] for part in parts]) for name in parts[0].arrays}
 
 
 def classify(model: str, tensors: Tensors, output: str, count: int, version: str = "") -> Call[list[list[Class]]]:

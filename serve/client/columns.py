@@ -91,11 +91,6 @@ def cut(columns: Mapping[str, np.ndarray], max_rows: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise([*starts, rows])]
 
 
-def join(answers: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The answers of several requests as those of one."""
-    return {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
-
-
 def _row_bytes(row: Any) -> int:
     return sum(4 + len(element) for element in row) if row.dtype == object else int(row.nbytes)
 
