@@ -1,5 +1,6 @@
 """Both clients, where servers and networks fail: attempts, deadlines, order, credentials, answers that are none."""
 
+import asyncio
 import copy
 import pickle
 import subprocess
@@ -281,6 +282,23 @@ def test_what_the_batches_of_a_stream_raise_comes_after_the_answers(client, serv
     assert next(answers)["text"].tolist() == [[b"a"]]
     with pytest.raises(LookupError, match="the camera is gone"):
         next(answers)
+
+
+@pytest.mark.parametrize("kind", [Client], indirect=True)
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()])
+def test_so_does_what_ends_a_thread(client, error):
+    """It is the thread of gRPC that takes the batches."""
+
+    def batches():
+        yield ["a"]
+        raise error
+
+    answers = client.stream("m", batches(), timeout_s=20)
+
+    assert next(answers)["text"].tolist() == [[b"a"]]
+    with pytest.raises(type(error)) as raised:
+        next(answers)
+    assert raised.value is error
 
 
 def test_a_stream_that_is_left_ends_at_the_server(client, server):

@@ -144,8 +144,8 @@ class Client:
 
         Raises:
             BadInput: the model is no bundle, or takes other examples.
-            ServerError: an example cannot be used, there is no such model, or no answer; or a version that came meanwhile
-                answered some of the requests.
+            ServerError: an example cannot be used, there is no such model, or no answer; or a new version came meanwhile,
+                and both have answered.
         """
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         try:
@@ -227,14 +227,20 @@ class Client:
             BadInput: what `batches` raises and a batch that cannot be sent are raised after the answers before it.
             ServerError: the stream is broken.
         """
-        failed: list[Exception] = []
+        failed: list[BaseException] = []
+        unsent = iter(batches)
 
         def requests() -> Iterator[pb.ModelInferRequest]:
-            try:
-                for batch in batches:
-                    yield calls.infer_request(model, self._tensors(model, batch, version), version, outputs)
-            except Exception as error:
-                failed.append(error)
+            while True:
+                try:
+                    tensors = self._tensors(model, next(unsent), version)
+                    request = calls.infer_request(model, tensors, version, outputs)
+                except StopIteration:
+                    return
+                except BaseException as error:  # gRPC's thread would end with SystemExit, say, and the stream never
+                    failed.append(error)
+                    return
+                yield request
 
         answers = self._stub.ModelStreamInfer(requests(), timeout=timeout_s, metadata=self._headers)
         with calls.following(answers, self.address):
