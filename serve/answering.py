@@ -11,6 +11,7 @@ from serve import wire
 from serve.admission import Admission, Hold
 from serve.call import Call, Stream, nothing
 from serve.envelope import Request, parse_request, parser
+from serve.errors import forget_frames
 from serve.health import Health
 from serve.inference import Inference, StepAside
 from serve.queue import Outcome
@@ -189,6 +190,11 @@ class Work:
         if self._hold:
             self._hold.release()
 
+    def drop(self) -> None:
+        """Nobody will be told of it, now that it has ended."""
+        forget_frames(self.error)
+        self.release()
+
     def _done(self, outcome: Outcome) -> None:
         self._outcome = outcome
         self._arrive()
@@ -274,13 +280,15 @@ class _Inferences:
         self.read()
 
     def _sent(self) -> None:
-        self._unsent.popleft().release()
+        with self._lock:
+            if self._unsent:  # else it was given up meanwhile
+                self._unsent.popleft().release()
         self._read_on()
 
     def _answered(self, work: Work) -> None:
         with self._lock:
             if self._closed:
-                work.release()
+                work.drop()
             self._advance()
 
     def _advance(self) -> None:
@@ -306,8 +314,8 @@ class _Inferences:
     def _cancel(self) -> None:
         with self._lock:
             self._drop()
-        for work in list(self._unsent):  # from which another thread may take one
-            work.release()
+            while self._unsent:
+                self._unsent.popleft().release()
 
     def _drop(self) -> None:
         """Nobody reads the answers any more: what was begun is cancelled."""
@@ -318,7 +326,7 @@ class _Inferences:
         for work in left:
             work.cancel()
             if work.ended:
-                work.release()
+                work.drop()
 
 
 def _aside(short: bool) -> bool:

@@ -135,7 +135,7 @@ class Stream(Call):
         self._calls.receive(partial(super().receive, then))
 
     def on_sent(self, sent: Sent) -> None:
-        """Call `sent` after each message that was sent."""
+        """Call `sent` after each message that was sent, until the call ends."""
         self._sent = sent
 
     @property
@@ -165,12 +165,23 @@ class Stream(Call):
             self._start([*self._head(), cygrpc.SendMessageOperation(self._outgoing.popleft(), 0)], self._written)
         elif self._last:
             self._last()
+            self._forget()
 
     def _written(self, event: Event) -> None:
+        sent = self._sent
         with self._lock:
             self._sending = False
             self._push()
-        self._sent()
+        sent()
+
+    def _end(self) -> None:
+        super()._end()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Messages, and who is told of them and holds this stream: else the garbage collector finds them, some day."""
+        self._outgoing.clear()
+        self._last, self._sent = None, nothing
 
 
 class Calls:

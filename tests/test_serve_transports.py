@@ -1,5 +1,6 @@
 """Calls as gRPC makes them, on the completion queue and on asyncio: given up, late, streamed, watched, cut off."""
 
+import gc
 import math
 import queue
 import threading
@@ -84,10 +85,10 @@ def stub(channel):
     return inference_pb2_grpc.GRPCInferenceServiceStub(channel)
 
 
-def echo(value=0.0, name=""):
+def echo(value=0.0, name="", rows=1):
     request = pb.ModelInferRequest(model_name="echo", id=name)
-    request.inputs.add(name="x", datatype="FP32", shape=[1, 2])
-    request.raw_input_contents.append(np.float32([value, value]).tobytes())
+    request.inputs.add(name="x", datatype="FP32", shape=[rows, 2])
+    request.raw_input_contents.append(np.float32([value, value] * rows).tobytes())
     return request
 
 
@@ -249,6 +250,30 @@ def test_a_full_stream_that_is_given_up_leaves_nothing_waiting(server, stub, ser
     gate.opened.set()
     until(lambda: idle(server))
     assert gate.began.empty()
+
+
+@pytest.mark.parametrize("given_up", [True, False])
+def test_a_stream_that_has_ended_is_forgotten(server, stub, given_up):
+    """With its answers, also those that nobody has taken, which the garbage collector might find much later."""
+    if not isinstance(server._transport, completion_queue.Transport):
+        pytest.skip("has no such objects")
+    gc.collect()
+    gc.disable()
+    try:
+        call = stub.ModelStreamInfer(iter([echo(rows=1 << 14)] * wire.WINDOW), timeout=PATIENCE_S)
+        next(call)
+        if given_up:
+            until(lambda: server._admission.snapshot().requests > 1)
+            call.cancel()
+        else:
+            list(call)
+        until(lambda: not _left())
+    finally:
+        gc.enable()
+
+
+def _left():
+    return [each for each in gc.get_objects() if type(each) in (serve_call.Stream, answering.Work)]
 
 
 @pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer"])
