@@ -148,6 +148,30 @@ def test_a_call_ends_with_its_deadline(client, server):
     assert refusal(client.infer, "m", texts(b"a"), timeout_s=0.05).code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+@pytest.mark.parametrize("timeout_s", [1e12, np.float32(np.inf), 10**30])
+def test_a_call_may_take_as_long_as_it_likes(kind, server, timeout_s):
+    """By the client's own deadline, and by the call's."""
+    with kind(server.address, timeout_s=timeout_s) as client:
+        client.predict("m", ["a"])
+        client.infer("m", texts(b"a"), timeout_s=timeout_s)
+        assert len(list(client.stream("m", [["a"]], timeout_s=timeout_s))) == 1
+
+
+@pytest.mark.parametrize("timeout_s", [float("nan"), 0, -1.5, "5"])
+def test_a_deadline_that_is_none_is_bad_input(client, kind, server, timeout_s):
+    """It would have passed before anything is sent."""
+    for call in (
+        lambda: kind(server.address, timeout_s=timeout_s),
+        lambda: client.predict("m", ["a"], timeout_s=timeout_s),
+        lambda: client.infer("m", texts(b"a"), timeout_s=timeout_s),
+        lambda: client.load("m", timeout_s=timeout_s),
+        lambda: list(client.stream("m", [["a"]], timeout_s=timeout_s)),
+    ):
+        with pytest.raises(BadInput, match=f"timeout_s is {timeout_s!r}; expected seconds, more than 0"):
+            call()
+    assert not server.calls
+
+
 def test_many_examples_go_side_by_side_and_come_back_in_order(kind, server):
     """The server answers no request before it has three of them."""
     server.together = type(server.together)(3)

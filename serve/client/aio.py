@@ -17,6 +17,7 @@ from serve.client import calls
 from serve.client.calls import Answer, Call, Class, Health, Parameters, Part, Tensors
 from serve.client.channel import ATTEMPTS, Tls, resolve
 from serve.client.columns import ModelMetadata, Raws, check_batching, cut, to_columns
+from serve.client.limits import seconds
 from serve.client.region import Region, SharedTensor
 from serve.errors import ServerError
 
@@ -47,7 +48,7 @@ class AioClient:
         check_batching(max_rows, parallel)
         target = resolve(address, tls=tls, token=token, attempts=attempts)
         self.address = address
-        self.timeout_s = timeout_s
+        self.timeout_s = seconds(timeout_s)
         self.max_rows = max_rows
         self.parallel = parallel
         self._headers = target.metadata
@@ -119,7 +120,7 @@ class AioClient:
         self, model: str, raws: Raws, version: str = "", *, timeout_s: float | None = None
     ) -> dict[str, np.ndarray]:
         """The answers of a bundle for raw examples, as Client.predict."""
-        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        deadline = time.monotonic() + self._seconds(timeout_s)
         try:
             return await self._predict(model, await self._columns(model, raws, version, deadline), version, deadline)
         except ServerError:
@@ -163,6 +164,7 @@ class AioClient:
         timeout_s: float | None = None,
     ) -> AsyncIterator[dict[str, np.ndarray] | ServerError]:
         """Answers to many requests over one stream, in their order, as Client.stream."""
+        left_s = None if timeout_s is None else seconds(timeout_s)
         failed: list[Exception] = []
 
         async def requests() -> AsyncIterator[pb.ModelInferRequest]:
@@ -172,7 +174,7 @@ class AioClient:
             except Exception as error:
                 failed.append(error)
 
-        answers = self._stub.ModelStreamInfer(requests(), timeout=timeout_s, metadata=self._headers)
+        answers = self._stub.ModelStreamInfer(requests(), timeout=left_s, metadata=self._headers)
         with calls.following(answers, self.address):
             async for answer in answers:
                 yield calls.streamed(answer, self.address)
@@ -201,7 +203,7 @@ class AioClient:
     async def _columns(self, model: str, raws: Raws, version: str, deadline: float) -> dict[str, np.ndarray]:
         known = self._metadata.get((model, version))
         if known is None:
-            known = await self._run(calls.metadata(model, version), deadline - time.monotonic())
+            known = await self._ask(calls.metadata(model, version), deadline - time.monotonic())
             self._metadata[model, version] = known
         return to_columns(raws, known)
 
@@ -210,7 +212,7 @@ class AioClient:
     ) -> dict[str, np.ndarray]:
         parts = cut(columns, self.max_rows)
         if len(parts) == 1:
-            return await self._run(calls.infer(model, columns, version), deadline - time.monotonic())
+            return await self._ask(calls.infer(model, columns, version), deadline - time.monotonic())
         answers, running = [], deque[tuple[slice, Call[Part], Any]]()
         try:
             for rows in parts:
@@ -233,10 +235,15 @@ class AioClient:
             answer = await message
         return calls.read(call, answer, self.address)
 
+    def _seconds(self, timeout_s: float | None) -> float:
+        return self.timeout_s if timeout_s is None else seconds(timeout_s)
+
     async def _run(self, call: Call[Answer], timeout_s: float | None = None) -> Answer:
-        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        return await self._ask(call, self._seconds(timeout_s))
+
+    async def _ask(self, call: Call[Answer], left_s: float) -> Answer:
         with calls.failures_of(self.address):
-            message = await getattr(self._stub, call.method)(call.request, timeout=timeout_s, metadata=self._headers)
+            message = await getattr(self._stub, call.method)(call.request, timeout=left_s, metadata=self._headers)
         return calls.read(call, message, self.address)
 
 

@@ -18,6 +18,7 @@ from serve.client import calls
 from serve.client.calls import Answer, Call, Class, Health, Parameters, Part, Tensors
 from serve.client.channel import ATTEMPTS, Tls, resolve
 from serve.client.columns import ModelMetadata, Raws, check_batching, cut, to_columns
+from serve.client.limits import seconds
 from serve.client.region import Region, SharedTensor
 from serve.errors import ServerError
 
@@ -58,7 +59,7 @@ class Client:
         check_batching(max_rows, parallel)
         target = resolve(address, tls=tls, token=token, attempts=attempts)
         self.address = address
-        self.timeout_s = timeout_s
+        self.timeout_s = seconds(timeout_s)
         self.max_rows = max_rows
         self.parallel = parallel
         self._headers = target.metadata
@@ -144,10 +145,10 @@ class Client:
 
         Raises:
             BadInput: the model is no bundle, or takes other examples.
-            ServerError: an example cannot be used, there is no such model, or no answer; or a new version came meanwhile,
-                and both have answered.
+            ServerError: an example cannot be used, there is no such model, or no answer; or two versions have
+                answered, as one came meanwhile.
         """
-        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        deadline = time.monotonic() + self._seconds(timeout_s)
         try:
             return self._predict(model, self._columns(model, raws, version, deadline), version, deadline)
         except ServerError:
@@ -227,6 +228,7 @@ class Client:
             BadInput: what `batches` raises and a batch that cannot be sent are raised after the answers before it.
             ServerError: the stream is broken.
         """
+        left_s = None if timeout_s is None else seconds(timeout_s)
         failed: list[BaseException] = []
         unsent = iter(batches)
 
@@ -242,7 +244,7 @@ class Client:
                     return
                 yield request
 
-        answers = self._stub.ModelStreamInfer(requests(), timeout=timeout_s, metadata=self._headers)
+        answers = self._stub.ModelStreamInfer(requests(), timeout=left_s, metadata=self._headers)
         with calls.following(answers, self.address):
             for answer in answers:
                 yield calls.streamed(answer, self.address)
@@ -276,7 +278,7 @@ class Client:
     def _columns(self, model: str, raws: Raws, version: str, deadline: float) -> dict[str, np.ndarray]:
         known = self._metadata.get((model, version))
         if known is None:
-            known = self._run(calls.metadata(model, version), deadline - time.monotonic())
+            known = self._ask(calls.metadata(model, version), deadline - time.monotonic())
             self._metadata[model, version] = known
         return to_columns(raws, known)
 
@@ -285,7 +287,7 @@ class Client:
     ) -> dict[str, np.ndarray]:
         parts = cut(columns, self.max_rows)
         if len(parts) == 1:
-            return self._run(calls.infer(model, columns, version), deadline - time.monotonic())
+            return self._ask(calls.infer(model, columns, version), deadline - time.monotonic())
         answers, running = [], deque[tuple[slice, Call[Part], Any]]()
         try:
             for rows in parts:
@@ -307,8 +309,13 @@ class Client:
             message = future.result()
         return calls.read(call, message, self.address)
 
+    def _seconds(self, timeout_s: float | None) -> float:
+        return self.timeout_s if timeout_s is None else seconds(timeout_s)
+
     def _run(self, call: Call[Answer], timeout_s: float | None = None) -> Answer:
-        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        return self._ask(call, self._seconds(timeout_s))
+
+    def _ask(self, call: Call[Answer], left_s: float) -> Answer:
         with calls.failures_of(self.address):
-            message = getattr(self._stub, call.method)(call.request, timeout=timeout_s, metadata=self._headers)
+            message = getattr(self._stub, call.method)(call.request, timeout=left_s, metadata=self._headers)
         return calls.read(call, message, self.address)
