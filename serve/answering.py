@@ -12,14 +12,12 @@ from serve.admission import Admission, Hold
 from serve.call import Call, Stream, nothing
 from serve.envelope import Request, parse_request, parser
 from serve.errors import forget_frames
-from serve.health import Health
+from serve.health import CHECK, WATCH, Health
 from serve.inference import Inference, StepAside
 from serve.queue import Outcome
 from serve.service import Metadata, Service
 
 _LARGE = 1 << 20  # bytes of a request that takes long to read, where every element is an object
-
-_HEALTH = "/grpc.health.v1.Health/"
 
 
 class Answering:
@@ -50,11 +48,11 @@ class Answering:
         self.unary = {
             **{prefix + method.name: self._plain(method.name, method.input_type.name) for method in plain},
             prefix + "ModelInfer": self._infer,
-            _HEALTH + "Check": _answering(health.check),
+            CHECK: _answering(health.check),
         }
         self.streaming = {
             prefix + "ModelStreamInfer": self._stream,
-            _HEALTH + "Watch": self._watch,
+            WATCH: self._watch,
             wire.REFLECTION: self._reflect,
         }
 

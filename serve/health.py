@@ -11,7 +11,9 @@ from serve.errors import UnknownModel
 
 _STATES = health_pb2.HealthCheckResponse
 
-MAX_BYTES = 4096  # of a question; a name that is watched is kept
+CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
+
+_MAX_BYTES = 4096  # of a question; a name that is watched is kept
 
 Tell = Callable[[bytes], None]  # takes a HealthCheckResponse, serialised
 
@@ -79,14 +81,9 @@ class Health:
             tell(_answer(state))
 
 
-def too_long() -> BadInput:
-    """The question has more than MAX_BYTES."""
-    return BadInput(f"the name of the service is too long; expected a request of at most {MAX_BYTES} bytes.")
-
-
 def _name(data: bytes) -> str:
-    if len(data) > MAX_BYTES:
-        raise too_long()
+    if len(data) > _MAX_BYTES:
+        raise BadInput(f"the name of the service is too long; expected a request of at most {_MAX_BYTES} bytes.")
     try:
         name: str = health_pb2.HealthCheckRequest.FromString(data).service
     except DecodeError as error:

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from protos import inference_pb2 as pb
@@ -18,7 +18,7 @@ from serve import wire
 from serve.admission import Admission
 from serve.config import ServeConfig
 from serve.envelope import Request, parse_request, parser
-from serve.health import MAX_BYTES, too_long
+from serve.health import CHECK, WATCH, Health
 from serve.security import Tokens
 from serve.service import Metadata, Service, status
 
@@ -51,7 +51,7 @@ class Transport:
             StartError: the address cannot be bound.
         """
         self._config, self._service, self._address, self._credentials = config, service, address, credentials
-        self._admission = admission
+        self._admission, self._health = admission, Health()
         self._calls = _Calls(self._handlers(), tokens)
         self._loop = asyncio.new_event_loop()
         bound: Future[int] = Future()
@@ -61,12 +61,11 @@ class Transport:
 
     def set_health(self, name: str, ready: bool) -> None:
         """What grpc.health.v1 says of a model; of the whole server by the name ""."""
-        known = health_pb2.HealthCheckResponse
-        self._on_loop(self._health.set(name, known.SERVING if ready else known.NOT_SERVING))
+        self._health.set(name, ready)
 
     def set_stopping(self) -> None:
         """From now on grpc.health.v1 says of everything that it is not served."""
-        self._on_loop(self._health.enter_graceful_shutdown())
+        self._health.stop()
 
     def stop(self, grace_s: float) -> bool:
         """Close the socket; calls may go on for so many seconds, then they are cut off.
@@ -74,13 +73,10 @@ class Transport:
         Returns:
             Whether all has ended: a model that is being loaded cannot be stopped.
         """
-        self._on_loop(self._server.stop(grace_s))
+        asyncio.run_coroutine_threadsafe(self._server.stop(grace_s), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(wire.END_S)
         return not self._thread.is_alive()
-
-    def _on_loop(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def _run(self, bound: "Future[int]") -> None:
         asyncio.set_event_loop(self._loop)
@@ -95,12 +91,15 @@ class Transport:
 
     async def _listen(self) -> int:
         self._server = grpc.aio.server(options=wire.options(self._config))
-        self._health = _Health()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._server.add_generic_rpc_handlers((self._calls,))
         port = self._bind()
         await self._server.start()
         return port
+
+    def _soon(self, tell: Callable[..., None], *what: Any) -> None:
+        """From any thread: tell it to a call, which runs on the loop."""
+        with suppress(RuntimeError):  # the loop is closed: the call was cut off
+            self._loop.call_soon_threadsafe(tell, *what)
 
     def _bind(self) -> int:
         try:
@@ -123,6 +122,8 @@ class Transport:
                 call = _answering(self._plain(name), response)
                 made = grpc.stream_unary_rpc_method_handler(call, parser(kind), _serialize)
             handlers[f"/{wire.SERVICE.full_name}/{name}"] = made
+        handlers[CHECK] = grpc.stream_unary_rpc_method_handler(_answering(self._check, bytes))
+        handlers[WATCH] = grpc.stream_stream_rpc_method_handler(self._watch)
         handlers[wire.REFLECTION] = _reflection()
         return handlers
 
@@ -134,6 +135,23 @@ class Transport:
             return await asyncio.to_thread(call, request) if name in wire.BLOCKING else call(request)
 
         return answer
+
+    async def _check(self, data: bytes, context: Context) -> bytes:
+        return self._health.check(data)
+
+    async def _watch(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        """The state of what the request names, now and whenever it changes."""
+        states: asyncio.Queue[bytes] = asyncio.Queue()
+        try:
+            leave = self._health.watch(await _received(context), lambda state: self._soon(states.put_nowait, state))
+        except Exception as error:
+            _failed(error, context, None)
+            return
+        try:
+            while True:
+                yield await states.get()
+        finally:
+            leave()
 
     async def _infer(self, request: Request, context: Context) -> bytes:
         left = context.time_remaining()
@@ -150,11 +168,7 @@ class Transport:
     async def _answered(self, request: Request, metadata: Metadata, deadline: float | None) -> bytes:
         """The answer to one request that was let in; its work is dropped when the call is cancelled."""
         waiting: asyncio.Future[Any] = self._loop.create_future()
-
-        def done(outcome: Any) -> None:
-            with suppress(RuntimeError):  # the loop is closed: the call was cut off
-                self._loop.call_soon_threadsafe(_settle, waiting, outcome)
-
+        done = partial(self._soon, _settle, waiting)
         inference = self._service.begin(request, metadata, done, deadline)
         try:
             answer = inference.answer(await waiting)
@@ -199,19 +213,7 @@ class Transport:
             _failed(error, context, None)
 
 
-class _Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """Remembers no name that is too long to be one."""
-
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
-        """As grpcio's own."""
-        if request.ByteSize() > MAX_BYTES:
-            _failed(too_long(), context, None)
-        else:
-            await super().Watch(request, context)
-
-
 def _reflection() -> grpc.RpcMethodHandler:
-    """A call like the others, that needs a token where they do; health is open, and stands beside them."""
     return grpc.stream_stream_rpc_method_handler(
         reflection.aio.ReflectionServicer(wire.REFLECTED).ServerReflectionInfo,
         reflection_pb2.ServerReflectionRequest.FromString,

@@ -321,34 +321,46 @@ def test_reflection_reads_a_question_when_its_last_answer_was_taken(server, chan
     assert unsent <= {0}
 
 
-def test_health_of_a_name_that_is_too_long_is_not_watched(channel):
+def test_health_of_a_name_that_is_too_long_is_not_told(channel):
     """Names that are watched are kept, and anybody may watch."""
-    calls = [
-        health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="x" * size), timeout=PATIENCE_S)
-        for size in (4000, 5000)
-    ]
+    health, request = health_pb2_grpc.HealthStub(channel), health_pb2.HealthCheckRequest(service="x" * 5000)
 
-    assert next(calls[0]).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-    assert calls[1].code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "at most 4096 bytes" in calls[1].details()
-    calls[0].cancel()
+    for call in (health.Check.future(request, timeout=PATIENCE_S), health.Watch(request, timeout=PATIENCE_S)):
+        assert call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "at most 4096 bytes" in call.details()
 
 
 def test_health_is_watched(server, channel):
-    """Every change is told to all who watch, also of a model that is not there yet; leaving is noticed."""
-    watch = health_pb2_grpc.HealthStub(channel).Watch
+    """Every change is told to all who watch, also of a model that is not there yet, and with a long name."""
+    watch, name = health_pb2_grpc.HealthStub(channel).Watch, "x" * 4000
     states = health_pb2.HealthCheckResponse
-    first, second, unknown = (watch(health_pb2.HealthCheckRequest(service=name)) for name in ("echo", "echo", "new"))
+    first, second, unknown = (watch(health_pb2.HealthCheckRequest(service=name)) for name in ("echo", "echo", name))
 
     assert [next(call).status for call in (first, second)] == [states.SERVING] * 2
     assert next(unknown).status == states.SERVICE_UNKNOWN
-    second.cancel()
     server._transport.set_health("echo", False)
-    server._transport.set_health("new", True)
-    assert next(first).status == states.NOT_SERVING
+    server._transport.set_health(name, True)
+    assert [next(call).status for call in (first, second)] == [states.NOT_SERVING] * 2
     assert next(unknown).status == states.SERVING
     server._transport.set_stopping()
     assert next(unknown).status == states.NOT_SERVING
+
+
+def test_who_watches_is_told_also_when_another_one_has_left(server, channel):
+    """Of the same model; who has left is forgotten."""
+    watch, states = health_pb2_grpc.HealthStub(channel).Watch, health_pb2.HealthCheckResponse
+    calls = [watch(health_pb2.HealthCheckRequest(service="echo"), timeout=PATIENCE_S) for _ in range(3)]
+    assert [next(call).status for call in calls] == [states.SERVING] * 3
+    watching = server._transport._health._watching
+
+    calls[0].cancel()
+    until(lambda: len(watching["echo"]) == 2)
+
+    server._transport.set_health("echo", False)
+    assert [next(call).status for call in calls[1:]] == [states.NOT_SERVING] * 2
+    for call in calls[1:]:
+        call.cancel()
+    until(lambda: "echo" not in watching)
 
 
 def test_calls_given_up_at_random_leave_nothing_behind(server, stub):
