@@ -137,6 +137,8 @@ class _Walk:
     def look_at(self, path: Path) -> None:
         """A path that the server was given."""
         if path.is_file() and path.suffix == ".onnx":
+            if not _is_utf8(path.name):
+                raise StartError(f"{path} has a name that is not UTF-8. Rename it.")
             self.places.append(Place(path.stem, 1, path, _stamp([path]), given=True))
             return
         if (path / MANIFEST).is_file():
@@ -144,7 +146,7 @@ class _Walk:
             return
         if not path.is_dir():
             raise StartError(f"{path} is not there, or is neither a folder nor an .onnx file.")
-        folders = list(_folders(path))
+        folders = self._folders(path)
         if not folders:
             raise StartError(f"{path} holds no bundle and no model. `edgeward export` writes one.")
         for folder in folders:
@@ -164,7 +166,7 @@ class _Walk:
         config = None
         if (folder / CONFIG).exists():
             config = parse_config(read_text(folder / CONFIG), folder.name)
-        found = [place for version in _folders(folder) for place in self._version(folder, version, config)]
+        found = [place for version in self._folders(folder) for place in self._version(folder, version, config)]
         if not found:
             raise StartError(
                 f"{folder} is neither a bundle nor a model with a complete version: a folder called by a positive "
@@ -185,6 +187,18 @@ class _Walk:
             yield Place(folder.name, int(version.name), graph, stamp, config)
         elif not (version / MANIFEST).exists():
             self.skipped.append(f"{version} is not complete: it holds neither a bundle nor a {graph.name}.")
+
+    def _folders(self, path: Path) -> list[Path]:
+        """Those below a path that may be models or versions: their names must fit into messages, which are UTF-8."""
+        found = []
+        for each in sorted(path.iterdir()):
+            if each.name.startswith(".") or not each.is_dir():
+                continue
+            if _is_utf8(each.name):
+                found.append(each)
+            else:
+                self.skipped.append(f"{each} has a name that is not UTF-8. Rename it.")
+        return found
 
     def choose(self, name: str, policy: pb.ModelVersionPolicy) -> list[Place]:
         """The places of one model that are served."""
@@ -226,8 +240,13 @@ def _holds_bundle(folder: Path, skipped: list[str]) -> bool:
     return True
 
 
-def _folders(path: Path) -> Iterator[Path]:
-    return (each for each in sorted(path.iterdir()) if each.is_dir() and not each.name.startswith("."))
+def _is_utf8(name: str) -> bool:
+    """Whether it can be sent; Python has the bytes of others as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _stamp(paths: Iterable[Path]) -> Stamp:

@@ -1,5 +1,6 @@
 """What lies below a path: which versions there are, which of them a policy serves, what is wrong with the others."""
 
+import os
 import shutil
 
 import numpy as np
@@ -141,6 +142,31 @@ def test_a_folder_that_is_no_version_is_skipped_and_said(tmp_path, version):
 
     assert [place.version for place in layout.places] == [4]
     assert [line for line in layout.skipped if f"m/{version} is not a version" in line]
+
+
+@pytest.mark.parametrize("folder", ["\xff", "m/\xff", "\xff/1"])
+def test_a_name_that_no_message_can_hold_is_skipped_and_said(tmp_path, folder):
+    """The bytes of a folder's name need not be UTF-8; it keeps no other from being served."""
+    write_graph(tmp_path / "good" / "1")
+    write_graph(tmp_path / "m" / "1")
+    bad = tmp_path / os.fsdecode(folder.encode("latin-1"))
+    write_graph(bad)
+
+    layout = look(tmp_path)
+
+    assert [(place.name, place.version) for place in layout.places] == [("good", 1), ("m", 1)]
+    assert not layout.failures
+    assert len(layout.skipped) == 1
+    assert "has a name that is not UTF-8" in layout.skipped[0]
+
+
+def test_a_graph_whose_name_no_message_can_hold_is_refused(tmp_path):
+    """Who names such a file is told."""
+    graph = write_graph(tmp_path, os.fsdecode(b"bad\xff.onnx"))
+
+    [failure] = look(graph).failures
+
+    assert "has a name that is not UTF-8" in str(failure.error)
 
 
 def test_a_stamp_changes_with_any_file_that_counts(tmp_path):
