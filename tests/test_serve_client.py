@@ -22,7 +22,7 @@ from serve.errors import ServerError
 from serve.server import start
 from tests.blocking import BlockingAioClient
 from tests.certificates import write_certificates
-from tests.serve_bundles import identity, model_bytes, png, write_image_bundle, write_text_bundle
+from tests.serve_bundles import identity, model_bytes, png, write_image_bundle, write_text_bundle, write_vector_bundle
 
 TOKEN = "correct-horse-battery-staple"
 TEXT, MORE = (TensorSpec(name, "BYTES", (-1, 1)) for name in ("text", "more"))
@@ -147,6 +147,25 @@ def test_texts_may_be_str_or_bytes(client):
 def test_images_are_sent_as_they_are(client):
     """The input's name comes from the model's metadata."""
     assert client.predict("colour", [png("red"), png("blue")])["label"].shape == (2, 1)
+
+
+@pytest.mark.parametrize("kind", [Client, BlockingAioClient])
+def test_what_a_new_version_takes_is_not_refused_for_the_old_one(tmp_path, kind):
+    """What the client remembers of a model refuses nothing before it was looked up again."""
+    write_text_bundle(tmp_path / "mood" / "1")
+    server = start(ServeConfig((tmp_path,), port=0, device="cpu", threads=1, admin=True))
+    try:
+        with kind(server.address) as client:
+            client.predict("mood", ["good"])
+            write_vector_bundle(tmp_path / "mood" / "2", name="mood", version=2)
+            client.load("mood")
+            (size,) = client.metadata("mood").inputs[0].shape[1:]
+
+            assert client.predict("mood", [[0.5] * size])
+            with pytest.raises(BadInput, match="expected numbers of shape"):
+                client.predict("mood", ["good"])
+    finally:
+        server.stop(drain_s=0)
 
 
 @pytest.mark.parametrize("examples", ["raw", "pair"])

@@ -249,6 +249,17 @@ def test_the_input_is_looked_up_anew_after_a_refusal(client, server):
     assert server.calls["ModelMetadata"] == 2
 
 
+def test_a_stream_looks_the_input_up_anew_after_a_refusal(client, server):
+    """As `predict` does; a stream may outlive many versions."""
+    client.predict("m", ["a"])
+    server.input, server.refuses = "review", lambda request: request.inputs[0].name == "text"
+    (refused,) = client.stream("m", [["a"]])
+    (answer,) = client.stream("m", [["a"]])
+
+    assert isinstance(refused, ServerError)
+    assert answer.keys() == {"review"}
+
+
 @pytest.mark.parametrize(("datatype", "raw"), [("FP32", [b"abc"]), ("FP8", [b"a"]), ("BYTES", [b"\xff"]), ("FP32", [])])
 def test_an_answer_that_is_none_is_the_same_exception(client, server, datatype, raw):
     """Whatever a server sends, the caller has one class to catch."""

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
+from bundle.errors import BadInput
 from protos import inference_pb2 as pb
 from serve.client import calls
 from serve.client.calls import Answer, Call, Class, Health, Parameters, Part, Tensors
@@ -177,7 +178,10 @@ class AioClient:
         answers = self._stub.ModelStreamInfer(requests(), timeout=left_s, metadata=self._headers)
         with calls.following(answers, self.address):
             async for answer in answers:
-                yield calls.streamed(answer, self.address)
+                result = calls.streamed(answer, self.address)
+                if isinstance(result, ServerError):
+                    self._metadata.pop((model, version), None)
+                yield result
         if failed:
             raise failed[0]
 
@@ -202,9 +206,11 @@ class AioClient:
 
     async def _columns(self, model: str, raws: Raws, version: str, deadline: float) -> dict[str, np.ndarray]:
         known = self._metadata.get((model, version))
-        if known is None:
-            known = await self._ask(calls.metadata(model, version), deadline - time.monotonic())
-            self._metadata[model, version] = known
+        if known is not None:
+            with suppress(BadInput):  # a new version may take them: it is looked up
+                return to_columns(raws, known)
+        known = await self._ask(calls.metadata(model, version), deadline - time.monotonic())
+        self._metadata[model, version] = known
         return to_columns(raws, known)
 
     async def _predict(

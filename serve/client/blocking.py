@@ -6,13 +6,14 @@ serve/client/aio.py is the same for asyncio.
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 import numpy as np
 
+from bundle.errors import BadInput
 from protos import inference_pb2 as pb
 from serve.client import calls
 from serve.client.calls import Answer, Call, Class, Health, Parameters, Part, Tensors
@@ -133,7 +134,7 @@ class Client:
         """The answers of a bundle for raw examples. docs/protocol.md names them.
 
         Many examples are sent in requests of `max_rows`, several at the same time; the answers keep their order. The
-        bundle's input is looked up once per model and version.
+        bundle's input is looked up once per model and version, and again where it is refused.
 
         Args:
             model: its name.
@@ -247,7 +248,10 @@ class Client:
         answers = self._stub.ModelStreamInfer(requests(), timeout=left_s, metadata=self._headers)
         with calls.following(answers, self.address):
             for answer in answers:
-                yield calls.streamed(answer, self.address)
+                result = calls.streamed(answer, self.address)
+                if isinstance(result, ServerError):
+                    self._metadata.pop((model, version), None)
+                yield result
         if failed:
             raise failed[0]
 
@@ -277,9 +281,11 @@ class Client:
 
     def _columns(self, model: str, raws: Raws, version: str, deadline: float) -> dict[str, np.ndarray]:
         known = self._metadata.get((model, version))
-        if known is None:
-            known = self._ask(calls.metadata(model, version), deadline - time.monotonic())
-            self._metadata[model, version] = known
+        if known is not None:
+            with suppress(BadInput):  # a new version may take them: it is looked up
+                return to_columns(raws, known)
+        known = self._ask(calls.metadata(model, version), deadline - time.monotonic())
+        self._metadata[model, version] = known
         return to_columns(raws, known)
 
     def _predict(
