@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -23,6 +24,8 @@ Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 
 SPIN_US = 50
 _SLOW = {"cpu": ["SkipLayerNormFusion"]}  # optimisations whose kernels are slower there than what they replace
+_MAX_AXES = 64  # of numpy's arrays
+_SOURCE = re.compile(r"/onnxruntime_src/\S+ [^()]*\([^()]*\) ")  # file, line and signature, in errors of the runtime
 _KERNEL = "_kernel_time"  # ends the name of a profile's event that is a node's
 
 
@@ -60,7 +63,7 @@ class Session:
 
         Raises:
             DeviceUnavailable: a GPU was asked for and cannot be used.
-            ModelError: the runtime cannot load the graph.
+            ModelError: the runtime cannot load the graph, or could never be given what it takes or give what it makes.
         """
         self.threads = cpu_count() if threads is None else max(1, threads)
         load = partial(_load, graph, threads=self.threads, optimize=optimize, memory_bytes=gpu_memory_bytes)
@@ -204,6 +207,16 @@ def _run(session: onnxruntime.InferenceSession, device: str) -> cuda.Run:
 
 
 def _signature(session: onnxruntime.InferenceSession) -> _Signature:
+    try:
+        signature = _read_signature(session)
+    except UnicodeDecodeError as error:
+        raise ModelError("an input or output, or one of its axes, has a name that is not UTF-8.") from error
+    if not signature.outputs:
+        raise ModelError("the graph has no outputs, so that no run of it gives anything.")
+    return signature
+
+
+def _read_signature(session: onnxruntime.InferenceSession) -> _Signature:
     taken, replaceable = session.get_inputs(), session.get_overridable_initializers()
     optional = (
         *(_spec(node, "input") for node in taken if _is_optional(node)),
@@ -242,7 +255,8 @@ def _load(
         if device != "cpu" and isinstance(error, RuntimeError):
             raise DeviceUnavailable(f"{name} cannot be used here: {error}") from error
         limit = "" if device == "cpu" or memory_bytes is None else f" It may take {memory_bytes} bytes of the GPU."
-        raise ModelError(f"ONNX Runtime cannot load the graph: {error}{limit}") from error
+        why = " ".join(_SOURCE.sub("", str(error)).split())  # one line
+        raise ModelError(f"ONNX Runtime cannot load the graph: {why}{limit}") from error
     if session.get_providers()[0] != wanted:  # the runtime falls back to the next without an error
         raise DeviceUnavailable(f"{name} cannot be used here: no GPU, no driver, or no {name} libraries.")
     return session
@@ -286,5 +300,7 @@ def _spec(node: onnxruntime.NodeArg, place: str) -> TensorSpec:
             f"tensors of {', '.join(DATATYPES.values())}. Sequences, maps, sparse tensors, float8 and what is smaller "
             "than a byte must stay inside the graph."
         )
+    if len(node.shape) > _MAX_AXES:
+        raise ModelError(f"{place} {node.name!r} has {len(node.shape)} axes; tensors have at most {_MAX_AXES}.")
     shape = tuple(size if isinstance(size, int) and size >= 0 else -1 for size in node.shape)
     return TensorSpec(node.name, DATATYPES[kind], shape)

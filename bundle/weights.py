@@ -12,7 +12,7 @@ from bundle.errors import ModelError
 SMALLEST = 4096  # bytes; smaller ones stay: shapes and the like, which the runtime needs when it reads the graph
 
 # Numbers of fields in onnx.proto.
-_GRAPH, _INITIALIZER, _RAW_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 7, 5, 9, 13, 14
+_GRAPH, _INITIALIZER, _NAME, _RAW_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 7, 5, 8, 9, 13, 14
 _KEY, _VALUE = 1, 2
 _EXTERNAL = b"\x01"
 
@@ -27,12 +27,33 @@ def without_weights(model: bytes, name: str) -> bytes:
         name: of that file; one that the model cannot know, or it could take any of its bytes for a weight.
 
     Raises:
-        ModelError: the bytes are not protobuf, or a weight already lies elsewhere.
+        ModelError: the bytes are not protobuf, a weight already lies elsewhere, or one is listed twice.
     """
     try:
+        _check_names(model)
         return b"".join(_message(model, 0, len(model), (_GRAPH, _INITIALIZER), name))
     except IndexError as error:
         raise ModelError("ONNX Runtime cannot load the graph: its bytes end too early.") from error
+
+
+def _check_names(model: bytes) -> None:
+    """Of two weights of one name the runtime takes the first where they are large, the last where they are small."""
+    names = set()
+    for name in _payloads(model, 0, len(model), (_GRAPH, _INITIALIZER, _NAME)):
+        if name in names:
+            shown = name.decode(errors="backslashreplace")
+            raise ModelError(f"the graph lists weight {shown!r} more than once; which of them counts is not defined.")
+        names.add(name)
+
+
+def _payloads(data: bytes, start: int, end: int, path: tuple[int, ...]) -> Iterator[bytes]:
+    """Of all fields that the path leads to."""
+    if not path:
+        yield data[start:end]
+        return
+    for number, _, payload, stop in _fields(data, start, end):
+        if number == path[0]:
+            yield from _payloads(data, payload, stop, path[1:])
 
 
 def _message(data: bytes, start: int, end: int, path: tuple[int, ...], name: str) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -120,6 +121,66 @@ def test_type_outside_the_protocol_is_refused():
 
     with pytest.raises(ModelError, match=r"output 'y' is of type seq\(tensor\(float\)\), which is not supported"):
         Session(data, device="cpu")
+
+
+@pytest.mark.parametrize("name", [b"NAME_OF_INPUT", b"NAME_OF_OUTPUT", b"NAME_OF_AXIS"])
+def test_names_that_no_message_can_hold_are_refused(name):
+    """ONNX Runtime takes any bytes for a name; the protocol takes UTF-8."""
+    data = graph(
+        [],
+        [helper.make_node("Identity", ["NAME_OF_INPUT"], ["NAME_OF_OUTPUT"])],
+        [helper.make_tensor_value_info("NAME_OF_INPUT", TensorProto.FLOAT, ["NAME_OF_AXIS"])],
+        [helper.make_tensor_value_info("NAME_OF_OUTPUT", TensorProto.FLOAT, ["NAME_OF_AXIS"])],
+    )
+
+    assert Session(data, device="cpu")
+    with pytest.raises(ModelError, match="a name that is not UTF-8"):
+        Session(data.replace(name, b"\xff" * len(name)), device="cpu")
+
+
+@pytest.mark.parametrize("axes", [64, 65])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_as_many_axes_as_arrays_have_are_taken(side, axes):
+    """A tensor of more could be neither given nor had."""
+    shapes = {"input": ["N"], "output": [1] * 3} | {side: [1] * axes}
+    data = graph(
+        [numpy_helper.from_array(np.ones(len(shapes["output"]), np.int64), "shape")],
+        [helper.make_node("Reshape", ["x", "shape"], ["y"])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shapes["input"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shapes["output"])],
+    )
+
+    if axes == 64:
+        assert Session(data, device="cpu")
+    else:
+        with pytest.raises(ModelError, match=f"{side} '[xy]' has 65 axes; tensors have at most 64"):
+            Session(data, device="cpu")
+
+
+def test_a_graph_without_outputs_is_refused():
+    """No run of it could give anything."""
+    made = onnx.load_from_string(graph())
+    del made.graph.output[:]
+
+    with pytest.raises(ModelError, match="has no outputs"):
+        Session(made.SerializeToString(), device="cpu")
+
+
+@pytest.mark.parametrize(("field", "value"), [("ir_version", 99), ("opset", 99)])
+def test_a_graph_from_later_is_refused_in_one_line(field, value):
+    """What the runtime says is kept, but for where in its own code it says so."""
+    made = onnx.load_from_string(graph())
+    if field == "opset":
+        made.opset_import[0].version = value
+    else:
+        made.ir_version = value
+
+    with pytest.raises(ModelError, match="99") as caught:
+        Session(made.SerializeToString(), device="cpu")
+
+    assert len(str(caught.value).splitlines()) == 1
+    assert "onnxruntime::" not in str(caught.value)
+    assert "onnxruntime_src" not in str(caught.value)
 
 
 @pytest.mark.parametrize("optimize", [True, False])

@@ -89,6 +89,16 @@ def test_weight_that_lies_elsewhere_is_refused():
         without_weights(loaded.SerializeToString(), NAME)
 
 
+@pytest.mark.parametrize("size", [2, LARGE])
+def test_weight_that_is_listed_twice_is_refused(size):
+    """The runtime would take the first of large ones and the last of small ones."""
+    loaded = onnx.load_from_string(model({"w": some("f4", size)}))
+    loaded.graph.initializer.append(loaded.graph.initializer[0])
+
+    with pytest.raises(ModelError, match="lists weight 'w' more than once"):
+        Session(loaded.SerializeToString(), device="cpu", threads=1)
+
+
 def test_place_of_the_weights_cannot_be_named(monkeypatch):
     """Each session gives the place where the weights lie a name of its own, which no model can have in it."""
     names = []
