@@ -6,11 +6,14 @@ from concurrent.futures import Future
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from onnx import TensorProto, helper
 from onnxruntime import get_available_providers
 
 from bundle.errors import BadInput, BundleDamaged, ModelError
 from bundle.log import captured
+from bundle.session import Session
+from bundle.store import read_manifest, seal
 from serve.config import ServeConfig
 from serve.configuration import model_config
 from serve.errors import ConfigRefused, GateNotPassed, StartError, UnknownModel
@@ -237,6 +240,27 @@ def test_requests_without_rows_are_padded_by_what_their_neighbours_have(tmp_path
     answers = one.model.run(requests, 4)
 
     assert [answer["y"].tolist() for answer in answers] == [request["x"].tolist() for request in requests]
+
+
+@pytest.mark.parametrize(("invariant", "rows"), [(True, [8]), (False, [1])])
+def test_rows_that_run_alone_are_not_padded(tmp_path, monkeypatch, invariant, rows):
+    """Where a variant's answers depend on their neighbours, each row is a run; so would each row of padding be."""
+    bundle = write_text_bundle(tmp_path / "b")
+    manifest = read_manifest(bundle)
+    variants = tuple(replace(variant, batch_invariant=invariant) for variant in manifest.variants)
+    seal(bundle, replace(manifest, variants=variants))
+    mood, _ = (each.model for each in start(bundle, batch_sizes=(8,)))
+    ran, run = [], Session.run
+
+    def spy(session, feeds):
+        ran.append(len(feeds["input_ids"]))
+        return run(session, feeds)
+
+    monkeypatch.setattr(Session, "run", spy)
+    [answer] = mood.run([mood.decode({"text": np.array([[b"good film"]], object)})], 8)
+
+    assert ran == rows
+    assert answer["logits"].shape == (1, 3)
 
 
 def test_a_request_without_rows_is_answered_where_runs_are_padded(tmp_path):
