@@ -1,6 +1,7 @@
 """A place on the disk -> models that can be called: verified, held to their gate and their config.pbtxt, warm."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,8 +27,9 @@ from bundle.store import Bundle
 from bundle.tensor import NUMPY_TYPES, TensorSpec
 from protos import inference_pb2 as pb
 from serve.config import ServeConfig
-from serve.envelope import Envelope
+from serve.envelope import MAX_FIELDS, Envelope
 from serve.errors import ConfigRefused, GateNotPassed, StartError, forget_frames
+from serve.inputs import MAX_BYTES
 from serve.layout import Place
 from serve.models import ServedModel, bare_graph, check_gate, default_policy, plain_graph, served_bundle
 from serve.pbtxt import THREADS, choose_device, choose_threads, complete, queue_policy, read_labels
@@ -121,6 +123,7 @@ def _load(place: Place, config: ServeConfig) -> tuple[ServedModel, ...]:
         log.warning("ungated model", model=place.name, version=place.version, path=str(place.path))
     if config.gpu_memory_bytes is not None and models[0].device == "cpu":
         log.warning("no GPU memory to limit", model=place.name, version=place.version, device="cpu")
+    check_callable(models[-1])
     warm_up(models[-1])
     return models
 
@@ -196,18 +199,38 @@ def _again(place: Place, digest: bytes) -> Session:
     return Session(graph, device="cpu", threads=1)
 
 
+def check_callable(model: ServedModel) -> None:
+    """Refuse a model that no request fits.
+
+    Raises:
+        ModelError: it takes more inputs than a request may have, or one that is larger than a request may claim.
+    """
+    needed = [spec for spec in model.inputs if spec.name not in model.optional]
+    if len(needed) >= MAX_FIELDS:  # of which the model's name is one
+        raise ModelError(
+            f"{model.source} cannot be served: it takes {len(needed)} inputs; a request has at most {MAX_FIELDS - 1}."
+        )
+    for spec in needed:
+        size = math.prod(max(length, 1) for length in spec.shape) * NUMPY_TYPES[spec.datatype].itemsize
+        if size > MAX_BYTES:
+            raise ModelError(
+                f"{model.source} cannot be served: input {spec.name!r} has shape {list(spec.shape)}, which is at least "
+                f"{size} bytes; a request may claim {MAX_BYTES} for a tensor."
+            )
+
+
 def warm_up(model: ServedModel) -> None:
     """Run a model that takes tensors with zeros, once for each number of rows that runs are padded to.
 
     The first run of a session takes its memory and sets up its kernels. Zeros can be no input of this very graph; then
     the first request is the first run. A bundle's golden examples have been through its session before.
     """
-    arrays = {spec.name: _zeros(spec) for spec in model.inputs if spec.name not in model.optional}
-    sizes: tuple[int | None, ...] = (() if model.key(arrays) is None else model.policy.sizes) or (None,)
     try:
+        arrays = {spec.name: _zeros(spec) for spec in model.inputs if spec.name not in model.optional}
+        sizes: tuple[int | None, ...] = (() if model.key(arrays) is None else model.policy.sizes) or (None,)
         for size in sizes:
             model.run([model.decode(arrays)], size)
-    except EdgewardError as error:
+    except (EdgewardError, MemoryError) as error:
         log.info("not warmed up", model=model.name, version=model.version, because=str(error))
 
 

@@ -2,7 +2,9 @@
 
 import functools
 import queue
+import resource
 from concurrent.futures import Future
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -362,6 +364,32 @@ def test_a_broken_graph_is_an_error_that_names_the_file(tmp_path):
         served(path)
 
 
+@pytest.mark.parametrize("length", [1 << 29, 1 << 40, 1 << 62])
+@pytest.mark.parametrize("config", [None, 'input {{ name: "x" dims: {} }}'])
+def test_an_input_that_no_request_may_claim_is_refused(tmp_path, config, length):
+    """Whether the graph fixes the length, or its config.pbtxt: zeros of it would not fit into memory either."""
+    graph = identity(np.float32, [length if config is None else None])
+    write_graph(tmp_path / "m", config and config.format(length), graph)
+
+    with pytest.raises(ModelError, match=rf"input 'x' has shape \[{length}\], which is at least {4 * length} bytes"):
+        served(tmp_path)
+
+
+@pytest.mark.parametrize("count", [4095, 4096])
+def test_more_inputs_than_a_request_has_are_refused(tmp_path, count):
+    """Nobody could call it."""
+    names = [f"x{i}" for i in range(count)]
+    inputs = [(name, TensorProto.FLOAT, [1]) for name in names]
+    nodes = [helper.make_node("Sum", names, ["y"])]
+    write_graph(tmp_path / "m", graph=model_bytes(nodes, inputs, [("y", TensorProto.FLOAT, [1])]))
+
+    if count == 4095:
+        assert served(tmp_path)
+    else:
+        with pytest.raises(ModelError, match="takes 4096 inputs; a request has at most 4095"):
+            served(tmp_path)
+
+
 def test_a_damaged_bundle_is_not_served(tmp_path):
     """A changed byte anywhere keeps the server from starting."""
     bundle = write_text_bundle(tmp_path / "b")
@@ -418,3 +446,21 @@ def test_a_graph_that_zeros_do_not_fit_is_served(tmp_path):
     assert [entry["event"] for entry in logs] == ["ungated model", "not warmed up", "loaded"]
     (result,) = one.model.run([one.model.decode({"x": np.arange(4, dtype=np.float32)})], None)
     assert one.model.encode(result)["y"].tolist() == [[0, 1], [2, 3]]
+
+
+def test_a_graph_whose_zeros_are_larger_than_memory_is_served(tmp_path):
+    """Those who share the memory of their tensors may yet call it."""
+    path = tmp_path / "large.onnx"
+    path.write_bytes(identity(np.uint8, [2**31 - 1]))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30), before[1]))
+    try:
+        with captured() as logs:
+            [one] = start(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+    assert one.model.inputs[0].shape == (2**31 - 1,)
+    assert [entry["event"] for entry in logs] == ["ungated model", "not warmed up", "loaded"]
