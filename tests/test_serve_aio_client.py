@@ -19,6 +19,11 @@ def server():
         yield server
 
 
+async def _one_and_no_more():
+    yield ["a"]
+    await asyncio.Event().wait()
+
+
 def public(kind):
     """Names, and what each takes."""
     return {
@@ -59,6 +64,51 @@ def test_a_cancelled_task_cancels_its_calls(server, raws):
             assert await asyncio.to_thread(server.ended.wait, 10)
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.infer("m", {}),
+        lambda client: client.predict("m", ["a", "b", "c"]),
+        lambda client: anext(client.stream("m", _one_and_no_more())),
+    ],
+    ids=["infer", "predict", "stream"],
+)
+def test_calls_of_a_client_that_is_closed_fail(server, call):
+    """They are no cancelled tasks, which a group of tasks takes for no error."""
+    server.together = threading.Barrier(2)
+    server.refuses = lambda request: server.inferring.set() or server.together.wait(10)
+
+    async def ask():
+        client = AioClient(server.address, max_rows=1)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(call(client))
+            await asyncio.to_thread(server.inferring.wait, 10)
+            await client.close()
+
+    with pytest.raises(ExceptionGroup) as failed:
+        asyncio.run(ask())
+    (refused,) = failed.value.exceptions
+    assert isinstance(refused, ServerError)
+    assert refused.code is grpc.StatusCode.CANCELLED
+
+
+def test_a_watch_of_a_client_that_is_closed_fails(server):
+    """As its other calls."""
+
+    async def ask():
+        client = AioClient(server.address)
+        changes = client.watch()
+        await anext(changes)
+        next_change = asyncio.ensure_future(anext(changes))
+        await asyncio.sleep(0)  # so that it waits
+        await client.close()
+        await next_change
+
+    with pytest.raises(ServerError) as refused:
+        asyncio.run(ask())
+    assert refused.value.code is grpc.StatusCode.CANCELLED
 
 
 def test_the_batches_of_a_stream_may_be_asynchronous(server):

@@ -3,8 +3,8 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -85,7 +85,7 @@ class AioClient:
     async def watch(self, model: str = "") -> AsyncIterator[Health]:
         """The health now, and whenever it changes, until the connection is lost, which is a ServerError."""
         answers = self._stub.Watch(calls.health(model).request, metadata=self._headers)
-        with calls.following(answers, self.address):
+        with _closing(self.address), calls.following(answers, self.address):
             async for answer in answers:
                 yield Health(answer.count)
 
@@ -176,7 +176,7 @@ class AioClient:
                 failed.append(error)
 
         answers = self._stub.ModelStreamInfer(requests(), timeout=left_s, metadata=self._headers)
-        with calls.following(answers, self.address):
+        with _closing(self.address), calls.following(answers, self.address):
             async for answer in answers:
                 result = calls.streamed(answer, self.address)
                 if isinstance(result, ServerError):
@@ -237,7 +237,7 @@ class AioClient:
         return calls.join(answers, self.address)
 
     async def _result(self, rows: slice, call: Call[Answer], message: Any) -> Answer:
-        with calls.failures_of(self.address, rows):
+        with _closing(self.address), calls.failures_of(self.address, rows):
             answer = await message
         return calls.read(call, answer, self.address)
 
@@ -248,9 +248,21 @@ class AioClient:
         return await self._ask(call, self._seconds(timeout_s))
 
     async def _ask(self, call: Call[Answer], left_s: float) -> Answer:
-        with calls.failures_of(self.address):
+        with _closing(self.address), calls.failures_of(self.address):
             message = await getattr(self._stub, call.method)(call.request, timeout=left_s, metadata=self._headers)
         return calls.read(call, message, self.address)
+
+
+@contextmanager
+def _closing(address: str) -> Iterator[None]:
+    """A channel that is closed cancels its calls; only a task that was itself cancelled ends as cancelled."""
+    try:
+        yield
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise ServerError(address, grpc.StatusCode.CANCELLED, "the client was closed") from error
 
 
 async def _each(batches: Iterable[Raws] | AsyncIterable[Raws]) -> AsyncIterator[Raws]:
