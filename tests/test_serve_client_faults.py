@@ -65,6 +65,30 @@ def test_what_is_unavailable_is_asked_again(client, server):
     assert server.calls["ModelInfer"] == 3
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.ready(),
+        lambda client: client.infer("m", texts(b"a")),
+        lambda client: client.predict("m", ["a"]),
+        lambda client: client.predict("m", ["a", "b"]),
+        lambda client: list(client.stream("m", [["a"]])),
+        lambda client: list(client.watch()),
+    ],
+    ids=["ready", "infer", "predict", "predict of several", "stream", "watch"],
+)
+def test_a_client_that_was_closed_calls_nobody(kind, server, call):
+    """It says so as it says everything else."""
+    with kind(server.address, max_rows=1) as client:
+        client.predict("m", ["a"])
+        client.close()
+        server.calls.clear()
+        refused = refusal(call, client)
+
+    assert (refused.code, refused.details) == (grpc.StatusCode.CANCELLED, "the client was closed")
+    assert not server.calls
+
+
 def test_a_large_request_is_asked_again_too(client, server):
     """It is above what gRPC keeps for another attempt by default."""
     server.refusals = 1

@@ -66,7 +66,8 @@ class AioClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection; calls that are under way fail."""
+        """Close the connection; calls that are under way or come later are a ServerError, CANCELLED."""
+        self._stub = calls.ClosedStub(self.address)
         await self._channel.close()
 
     async def ready(self, model: str = "", version: str = "") -> bool:

@@ -77,7 +77,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; calls that are under way fail."""
+        """Close the connection; calls that are under way or come later are a ServerError, CANCELLED."""
+        self._stub = calls.ClosedStub(self.address)
         self._channel.close()
 
     def ready(self, model: str = "", version: str = "") -> bool:

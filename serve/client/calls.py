@@ -77,6 +77,17 @@ def stub(channel: Any) -> Any:
     return calls
 
 
+@dataclass(frozen=True)
+class ClosedStub:
+    """What a client calls after it was closed."""
+
+    address: str
+
+    def __getattr__(self, method: str) -> Any:
+        """Raise ServerError: there is no call any more."""
+        raise ServerError(self.address, grpc.StatusCode.CANCELLED, "the client was closed")
+
+
 def read(call: Call[Answer], message: Any, address: str) -> Answer:
     """What a call answers.
 
