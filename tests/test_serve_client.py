@@ -381,13 +381,41 @@ def test_a_region_has_only_the_room_that_it_has():
         region.tensor((1,), np.complex64)
 
 
-@pytest.mark.parametrize(("size", "error"), [(0, BadInput), (1 << 60, EdgewardError)])
+@pytest.mark.parametrize("shape", [(-1, 2), (2, -1), (-2, -2), (2.5,), ("2",), (1 << 63, 0)])
+def test_a_tensor_in_shared_memory_has_a_shape(shape):
+    """Metadata says -1 for any length; here it is one. The room of the others stays theirs."""
+    region = Region(200)
+    region.remove_name()
+    region.tensor((2,), np.float32)
+
+    with pytest.raises(BadInput, match="a length of the shape is"):
+        region.tensor(shape, np.float32)
+    assert region.tensor((np.int64(2), 0, 3), np.float32).shape == (2, 0, 3)
+    assert region.tensor((2,), np.float32).offset == 64
+
+
+@pytest.mark.parametrize(
+    ("size", "error"), [(0, BadInput), (1e6, BadInput), (1 << 63, BadInput), (1 << 60, EdgewardError)]
+)
 def test_memory_that_cannot_be_had_is_one_error(size, error):
     """And leaves no name behind."""
     before = set(Path("/dev/shm").glob("edgeward-*"))
 
     with pytest.raises(error, match="bytes"):
         Region(size)
+    assert set(Path("/dev/shm").glob("edgeward-*")) <= before
+
+
+def test_an_interrupt_leaves_no_shared_memory_behind(monkeypatch):
+    """Memory of some size takes a while to be had."""
+    before = set(Path("/dev/shm").glob("edgeward-*"))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.posix_fallocate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Region(64)
     assert set(Path("/dev/shm").glob("edgeward-*")) <= before
 
 

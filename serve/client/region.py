@@ -11,6 +11,7 @@ import numpy as np
 
 from bundle.errors import BadInput, EdgewardError
 from bundle.tensor import NUMPY_TYPES
+from serve.client.limits import whole
 from serve.tensors import datatype_of, from_raw, to_raw
 
 _SHM = Path("/dev/shm")  # where shm_open looks
@@ -58,14 +59,12 @@ class Region:
         """Make it.
 
         Raises:
-            BadInput: it would have no bytes.
+            BadInput: it is no number of bytes.
             EdgewardError: there is not so much shared memory, or none on this system.
         """
-        if byte_size < 1:
-            raise BadInput(f"the region has {byte_size} bytes; expected at least 1.")
         self.name = f"edgeward-{secrets.token_hex(8)}"
         self.key = f"/{self.name}"
-        self.byte_size = byte_size
+        self.byte_size = whole("the size of the region in bytes", byte_size, 1)
         self._end = 0
         try:
             self.memory = self._create()
@@ -75,6 +74,9 @@ class Region:
                 f"{byte_size} bytes of shared memory cannot be had: {error.strerror}. {_SHM} has to be there and to "
                 "have room."
             ) from error
+        except BaseException:
+            self.remove_name()
+            raise
 
     def _create(self) -> mmap.mmap:
         file = os.open(_SHM / self.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -92,13 +94,15 @@ class Region:
         """Room for numbers, to be filled by way of its `array` or by the server.
 
         Raises:
-            BadInput: there is no room left, or the protocol does not have the dtype.
+            BadInput: there is no room left, a length is none (-1 in a model's metadata is any), or the protocol does
+                not have the dtype.
         """
+        lengths = tuple(whole("a length of the shape", length, 0) for length in shape)
         datatype = datatype_of(np.empty(0, dtype), "a tensor in shared memory")
         if datatype == "BYTES":
             raise BadInput("room for texts is a tensor of uint8, as many as their bytes and 4 for each.")
-        byte_size = math.prod(shape) * NUMPY_TYPES[datatype].itemsize
-        return SharedTensor(self, self._take(byte_size), byte_size, datatype, tuple(shape))
+        byte_size = math.prod(lengths) * NUMPY_TYPES[datatype].itemsize
+        return SharedTensor(self, self._take(byte_size), byte_size, datatype, lengths)
 
     def put(self, array: np.ndarray) -> SharedTensor:
         """A copy of an array of any datatype.
