@@ -25,6 +25,7 @@ from tests.certificates import write_certificates
 from tests.serve_bundles import identity, model_bytes, png, write_image_bundle, write_text_bundle, write_vector_bundle
 
 TOKEN = "correct-horse-battery-staple"
+BY_NAME = ("ready", "health", "metadata", "config", "statistics", "load", "unload")
 TEXT, MORE = (TensorSpec(name, "BYTES", (-1, 1)) for name in ("text", "more"))
 METADATA = {
     "raw": ModelMetadata("mood", (1,), "edgeward_bundle", (TEXT,), ()),
@@ -257,8 +258,44 @@ def test_more_classes_than_can_be_asked_for_are_bad_input(client):
     x = np.zeros((1, 2), np.float32)
 
     assert len(client.classify("echo", {"x": x}, "y", np.int64(2))[0]) == 2
-    with pytest.raises(BadInput, match="'classification' is 9223372036854775808"):
-        client.classify("echo", {"x": x}, "y", 2**63)
+    for count in (2**63, 0, 2.5):
+        with pytest.raises(BadInput, match=f"count is {count}; expected"):
+            client.classify("echo", {"x": x}, "y", count)
+
+
+NAME = "\ud83d"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client, x: client.infer(NAME, {"x": x}),
+        lambda client, x: client.infer("echo", {NAME: x}),
+        lambda client, x: client.infer("echo", {"x": x}, NAME),
+        lambda client, x: client.infer("echo", {"x": x}, outputs=[NAME]),
+        lambda client, x: client.infer("echo", {"x": x}, into={NAME: None}),
+        lambda client, x: client.classify("echo", {"x": x}, NAME, 1),
+        lambda client, x: list(client.stream("echo", [{NAME: x}])),
+        lambda client, x: client.predict(NAME, ["a"]),
+        *(lambda client, x, method=method: getattr(client, method)(NAME) for method in BY_NAME),
+    ],
+)
+def test_a_name_that_is_not_utf8_is_bad_input(client, call):
+    """Of a model, a version, an input or an output."""
+    with pytest.raises(BadInput, match="is not UTF-8: surrogates not allowed at 0"):
+        call(client, np.zeros((1, 2), np.float32))
+
+
+def test_outputs_are_a_list_of_names_and_room_is_in_shared_memory(client):
+    """A text would be a name for each of its letters, and an array of numpy is not shared."""
+    x = np.zeros((1, 2), np.float32)
+
+    with pytest.raises(BadInput, match="outputs is 'y'; expected a list of names"):
+        client.infer("echo", {"x": x}, outputs="y")
+    with pytest.raises(BadInput, match="outputs is 'y'; expected a list of names"):
+        list(client.stream("echo", [{"x": x}], outputs="y"))
+    with pytest.raises(BadInput, match="room for output 'y' is a ndarray; expected a tensor in shared memory"):
+        client.infer("echo", {"x": x}, into={"y": x})
 
 
 def test_a_refusal_is_one_exception_with_status_and_details(client, server):

@@ -452,7 +452,9 @@ def test_a_token_may_stay_on_this_machine(address):
         ("127.0.0.1:1", {"token": "two words"}, "printable ASCII"),
         ("127.0.0.1:1", {"token": ""}, "empty"),
         ("127.0.0.1:1", {"attempts": 6}, "attempts is 6; expected 1 to 5"),
+        ("127.0.0.1:1", {"attempts": 1.5}, "attempts is 1.5; expected an integer"),
         ("127.0.0.1:1", {"max_rows": 0}, "max_rows is 0"),
+        ("127.0.0.1:1", {"max_rows": 1.5}, "max_rows is 1.5; expected an integer"),
         ("127.0.0.1:1", {"parallel": 0}, "parallel is 0"),
     ],
 )

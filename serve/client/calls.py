@@ -1,7 +1,6 @@
 """The calls of the protocol as a client sees them: the message that is sent, and what is made of the one that comes."""
 
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from bundle.tensor import NUMPY_TYPES, TensorSpec
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as rpc
 from serve.client.columns import ModelMetadata
+from serve.client.limits import whole
 from serve.client.region import Region, SharedTensor
 from serve.errors import ServerError
 from serve.tensors import datatype_of, from_raw, to_raw
@@ -44,6 +44,14 @@ class Part:
 
     version: str
     arrays: dict[str, np.ndarray]
+
+
+@contextmanager
+def _in_utf8() -> Iterator[None]:
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise BadInput(f"the name {error.object!r} is not UTF-8: {error.reason} at {error.start}.") from error
 
 
 class Health(IntEnum):
@@ -135,11 +143,13 @@ def server_ready() -> Call[bool]:
     return Call("ServerReady", pb.ServerReadyRequest(), lambda answer: answer.ready)
 
 
+@_in_utf8()
 def model_ready(model: str, version: str) -> Call[bool]:
     """Whether a model can be called."""
     return Call("ModelReady", pb.ModelReadyRequest(name=model, version=version), lambda answer: answer.ready)
 
 
+@_in_utf8()
 def health(model: str) -> Call[Health]:
     """The health of a model, or with no name of the server."""
     return Call("Check", pb.ModelReadyRequest(name=model), lambda answer: Health(answer.count))
@@ -150,6 +160,7 @@ def server_metadata() -> Call[pb.ServerMetadataResponse]:
     return Call("ServerMetadata", pb.ServerMetadataRequest(), lambda answer: answer)
 
 
+@_in_utf8()
 def metadata(model: str, version: str) -> Call[ModelMetadata]:
     """What a model takes and gives."""
     return Call("ModelMetadata", pb.ModelMetadataRequest(name=model, version=version), _metadata)
@@ -165,11 +176,13 @@ def _metadata(answer: pb.ModelMetadataResponse) -> ModelMetadata:
     )
 
 
+@_in_utf8()
 def config(model: str, version: str) -> Call[pb.ModelConfig]:
     """How a model is run."""
     return Call("ModelConfig", pb.ModelConfigRequest(name=model, version=version), lambda answer: answer.config)
 
 
+@_in_utf8()
 def statistics(model: str, version: str) -> Call[tuple[pb.ModelStatistics, ...]]:
     """What models have answered, and how long each stage took."""
     request = pb.ModelStatisticsRequest(name=model, version=version)
@@ -181,11 +194,13 @@ def index(ready: bool) -> Call[tuple[pb.RepositoryIndexResponse.ModelIndex, ...]
     return Call("RepositoryIndex", pb.RepositoryIndexRequest(ready=ready), lambda answer: tuple(answer.models))
 
 
+@_in_utf8()
 def load(model: str) -> Call[None]:
     """Load a model of the repository."""
     return Call("RepositoryModelLoad", pb.RepositoryModelLoadRequest(model_name=model), lambda _: None)
 
 
+@_in_utf8()
 def unload(model: str) -> Call[None]:
     """Unload a model."""
     return Call("RepositoryModelUnload", pb.RepositoryModelUnloadRequest(model_name=model), lambda _: None)
@@ -203,6 +218,7 @@ def unregister(region: Region) -> Call[None]:
     return Call("SystemSharedMemoryUnregister", request, lambda _: None)
 
 
+@_in_utf8()
 def infer(
     model: str,
     tensors: Tensors,
@@ -213,10 +229,13 @@ def infer(
 ) -> Call[dict[str, np.ndarray]]:
     """Tensors in, tensors out: see Client.infer."""
     rooms = into or {}
-    request = infer_request(model, tensors, version, [*outputs, *(name for name in rooms if name not in outputs)])
+    request = infer_request(model, tensors, version, outputs)
+    for name in rooms:
+        if name not in outputs:
+            request.outputs.add(name=name)
     for output in request.outputs:
         if output.name in rooms:
-            _refer(output.parameters, rooms[output.name])
+            _refer(output.parameters, _room(output.name, rooms[output.name]))
     _set(request.parameters, parameters or {})
     return Call("ModelInfer", request, lambda answer: _arrays(answer, rooms))
 
@@ -247,16 +266,20 @@ def join(parts: Sequence[Part], address: str) -> dict[str, np.ndarray]:
 def classify(model: str, tensors: Tensors, output: str, count: int, version: str = "") -> Call[list[list[Class]]]:
     """The best classes of each row: see Client.classify."""
     request = infer_request(model, tensors, version, [output])
-    _set(request.outputs[0].parameters, {"classification": operator.index(count)})
+    _set(request.outputs[0].parameters, {"classification": whole("count", count, 1)})
     return Call("ModelInfer", request, lambda answer: _classes(_arrays(answer, {})[output]))
 
 
+@_in_utf8()
 def infer_request(model: str, tensors: Tensors, version: str, outputs: Sequence[str]) -> pb.ModelInferRequest:
     """The message of one inference.
 
     Raises:
-        BadInput: a tensor is no array, or has a dtype or an element that the protocol does not have.
+        BadInput: a tensor is no array, or has a dtype or an element that the protocol does not have; a name is not
+            UTF-8; the outputs are one name.
     """
+    if isinstance(outputs, str):
+        raise BadInput(f"outputs is {outputs!r}; expected a list of names.")
     request = pb.ModelInferRequest(model_name=model, model_version=version)
     for name, tensor in tensors.items():
         if isinstance(tensor, SharedTensor):
@@ -291,6 +314,12 @@ def _refer(parameters: Any, tensor: SharedTensor) -> None:
     parameters["shared_memory_region"].string_param = tensor.region.name
     parameters["shared_memory_offset"].int64_param = tensor.offset
     parameters["shared_memory_byte_size"].int64_param = tensor.byte_size
+
+
+def _room(name: str, tensor: Any) -> SharedTensor:
+    if not isinstance(tensor, SharedTensor):
+        raise BadInput(f"room for output {name!r} is a {type(tensor).__name__}; expected a tensor in shared memory.")
+    return tensor
 
 
 def _set(parameters: Any, values: Parameters) -> None:

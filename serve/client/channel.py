@@ -12,6 +12,7 @@ import grpc
 
 from bundle.errors import BadInput
 from protos import inference_pb2 as pb
+from serve.client.limits import whole
 
 ATTEMPTS = 5  # of one call; gRPC allows no more
 
@@ -116,8 +117,7 @@ def _pem(path: Path) -> bytes:
 
 
 def _options(attempts: int, local: bool) -> tuple[tuple[str, Any], ...]:
-    if not 1 <= attempts <= ATTEMPTS:
-        raise BadInput(f"attempts is {attempts}; expected 1 to {ATTEMPTS}.")
+    attempts = whole("attempts", attempts, 1, ATTEMPTS)
     return (
         ("grpc.max_receive_message_length", -1),
         ("grpc.max_send_message_length", -1),

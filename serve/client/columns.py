@@ -9,6 +9,7 @@ import numpy as np
 
 from bundle.errors import BadInput
 from bundle.tensor import TensorSpec, conform
+from serve.client.limits import whole
 
 Raws = Sequence[Any] | np.ndarray | Mapping[str, Any]
 
@@ -65,11 +66,10 @@ def check_batching(max_rows: int, parallel: int) -> None:
     """Refuse sizes that no request can have.
 
     Raises:
-        BadInput: one is below 1.
+        BadInput: one is no integer, or below 1.
     """
-    for name, value in (("max_rows", max_rows), ("parallel", parallel)):
-        if value < 1:
-            raise BadInput(f"{name} is {value}; expected at least 1.")
+    whole("max_rows", max_rows, 1)
+    whole("parallel", parallel, 1)
 
 
 def cut(columns: Mapping[str, np.ndarray], max_rows: int) -> list[slice]:
