@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import pickle
+import socket
 import subprocess
 import sys
 from itertools import count
@@ -131,6 +132,15 @@ def test_ready_is_answered_at_once(client, server):
 
     assert not client.ready()
     assert client.ready()
+
+
+def test_who_takes_a_connection_and_says_nothing_is_not_ready(kind):
+    """Such as a process that is stopped: its system still accepts."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with kind(f"127.0.0.1:{port}", timeout_s=0.1) as client:
+            assert not client.ready()
+            assert not client.ready("m")
 
 
 def test_one_attempt_is_one_attempt(kind, server):

@@ -82,11 +82,11 @@ class Client:
         self._channel.close()
 
     def ready(self, model: str = "", version: str = "") -> bool:
-        """Whether the server, or one of its models, takes calls; False where no server is reached."""
+        """Whether the server, or one of its models, takes calls; False where no server answers in time."""
         try:
             return self._run(calls.model_ready(model, version) if model else calls.server_ready())
         except ServerError as error:
-            if error.code is grpc.StatusCode.UNAVAILABLE:
+            if error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 return False
             raise
 
