@@ -98,6 +98,17 @@ def test_a_large_request_is_asked_again_too(client, server):
     assert client.infer("m", {"x": array})["x"].shape == array.shape
 
 
+def test_what_no_message_can_hold_is_bad_input(client, server, monkeypatch):
+    """Protobuf would look for room until the deadline."""
+    monkeypatch.setattr("serve.client.calls.MAX_BYTES", 10)
+    x = np.zeros(5, np.uint8)
+    client.infer("m", {"x": x, "y": x})
+
+    with pytest.raises(BadInput, match="the tensors have 11 bytes up to input 'z'; one request holds 10"):
+        client.infer("m", {"x": x, "y": x, "z": np.zeros(1, np.uint8)})
+    assert server.calls["ModelInfer"] == 1
+
+
 @pytest.mark.parametrize("code", ["RESOURCE_EXHAUSTED", "INTERNAL", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED"])
 def test_nothing_else_is_asked_again(client, server, code):
     """Another attempt would fail as well, or do harm."""

@@ -25,6 +25,8 @@ Answer = TypeVar("Answer")
 Tensors = Mapping[str, np.ndarray | SharedTensor]
 Parameters = Mapping[str, bool | int | float | str]
 
+MAX_BYTES = (1 << 31) - (1 << 20)  # of the tensors of one request; protobuf holds less than 2 GiB of all
+
 _ALL = slice(0, None)
 _KINDS = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
 
@@ -276,11 +278,11 @@ def infer_request(model: str, tensors: Tensors, version: str, outputs: Sequence[
 
     Raises:
         BadInput: a tensor is no array, or has a dtype or an element that the protocol does not have; a name is not
-            UTF-8; the outputs are one name.
+            UTF-8; the outputs are one name; the tensors have more than MAX_BYTES.
     """
     if isinstance(outputs, str):
         raise BadInput(f"outputs is {outputs!r}; expected a list of names.")
-    request = pb.ModelInferRequest(model_name=model, model_version=version)
+    request, size = pb.ModelInferRequest(model_name=model, model_version=version), 0
     for name, tensor in tensors.items():
         if isinstance(tensor, SharedTensor):
             _refer(request.inputs.add(name=name, datatype=tensor.datatype, shape=tensor.shape).parameters, tensor)
@@ -288,7 +290,13 @@ def infer_request(model: str, tensors: Tensors, version: str, outputs: Sequence[
         where = f"input {name!r}"
         datatype = datatype_of(tensor, where)
         request.inputs.add(name=name, datatype=datatype, shape=tensor.shape)
-        request.raw_input_contents.append(to_raw(tensor, datatype, where))
+        raw = to_raw(tensor, datatype, where)
+        size += len(raw)
+        if size > MAX_BYTES:
+            raise BadInput(
+                f"the tensors have {size} bytes up to {where}; one request holds {MAX_BYTES}. Send fewer rows."
+            )
+        request.raw_input_contents.append(raw)
     for name in outputs:
         request.outputs.add(name=name)
     return request
