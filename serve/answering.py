@@ -15,7 +15,7 @@ from serve.errors import forget_frames
 from serve.health import CHECK, WATCH, Health
 from serve.inference import Inference, StepAside
 from serve.queue import Outcome
-from serve.service import Metadata, Service
+from serve.service import CHANGES, Metadata, Service
 
 _LARGE = 1 << 20  # bytes of a request that takes long to read, where every element is an object
 
@@ -41,7 +41,7 @@ class Answering:
             step_aside: for a thread that hands over calls, to be asked before it runs a model.
         """
         self._service, self._admission, self._health, self._step_aside = service, admission, health, step_aside
-        self._blocking = ThreadPoolExecutor(2, "blocking")  # its threads start with the first call
+        self._blocking = ThreadPoolExecutor(CHANGES, "blocking")  # its threads start with the first call
         self._blocked: set[Future[None]] = set()
         prefix = f"/{wire.SERVICE.full_name}/"
         plain = [method for method in wire.SERVICE.methods if method.name not in ("ModelInfer", "ModelStreamInfer")]
@@ -64,15 +64,17 @@ class Answering:
     def _plain(self, name: str, kind: str) -> Callable[[Call, bytes | None], None]:
         """A call that needs its request alone."""
         parse, ask = parser(kind), getattr(self._service, name)
-        answer = _answering(lambda data: ask(parse(data)).SerializeToString())
 
         def hand_over(call: Call, data: bytes | None) -> None:
             call.watch(nothing)
+            answer = _answering(lambda data: ask(parse(data), call.over).SerializeToString())
             blocked = self._blocking.submit(answer, call, data)
             self._blocked.add(blocked)
             blocked.add_done_callback(self._blocked.discard)
 
-        return hand_over if name in wire.BLOCKING else answer
+        if name in wire.BLOCKING:
+            return hand_over
+        return _answering(lambda data: ask(parse(data)).SerializeToString())
 
     def _infer(self, call: Call, data: bytes | None) -> None:
         if data is None:

@@ -56,6 +56,10 @@ class Call:
             return None
         return time.monotonic() + self._deadline - time.time()
 
+    def over(self) -> bool:
+        """Whether it has ended."""
+        return self._call is None
+
     def receive(self, then: Callable[[bytes | None], None]) -> None:
         """Call `then` with the next message of the client, or None when there will be none; errors end the call."""
 

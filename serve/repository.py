@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 from weakref import WeakSet
 
@@ -11,7 +12,7 @@ from bundle.errors import BadInput
 from bundle.host import trim_memory
 from bundle.log import log
 from serve.config import ServeConfig
-from serve.errors import Closed, ConfigRefused, LoadFailed, NotReady, StartError, UnknownModel
+from serve.errors import Cancelled, Closed, ConfigRefused, LoadFailed, NotReady, StartError, UnknownModel
 from serve.index import IndexEntry, make_index
 from serve.layout import VERSION, Failure, Layout, Place, find_places, parse_versions
 from serve.loading import Loaded, Refused, Served, load_place, reason
@@ -157,14 +158,19 @@ class Repository:
                 if name not in self._unloaded and not self._closed:
                     self._update(name, places.get(name, ()), layout.failures)
 
-    def load(self, name: str) -> None:
+    def load(self, name: str, given_up: Callable[[], bool] = lambda: False) -> None:
         """Load a model as it is on the disk now, also where it was refused or unloaded before.
 
+        Args:
+            name: of the model.
+            given_up: asked when the changes before this one have been made, whether nobody waits for it any more.
+
         Raises:
+            Cancelled: nobody does; nothing was changed.
             UnknownModel: there is none of that name below the server's paths.
             LoadFailed: it was not loaded; what was served is served still.
         """
-        with self._changing:
+        with self._in_turn(given_up):
             layout = self._look()
             places = [place for place in layout.places if name in place.names]
             failure = next((failure for failure in layout.failures if failure.name == name), None)
@@ -181,13 +187,18 @@ class Repository:
                 version, why = refused[0].place.version, reason(refused[0].error)
                 raise LoadFailed(f"failed to load {name!r}, version {version}: {why}")
 
-    def unload(self, name: str) -> None:
+    def unload(self, name: str, given_up: Callable[[], bool] = lambda: False) -> None:
         """Take a model away and wait until its calls have ended. `refresh` leaves it unloaded, `load` brings it back.
 
+        Args:
+            name: of the model.
+            given_up: see `load`.
+
         Raises:
+            Cancelled: nobody waits for it any more; nothing was changed.
             UnknownModel: there is none of that name.
         """
-        with self._changing:
+        with self._in_turn(given_up):
             bundle = name if name in self._loaded else name.removesuffix(".onnx")
             places = [loaded.place for loaded in self._loaded.get(bundle, {}).values()]
             if not any(name in place.names for place in places):
@@ -213,6 +224,13 @@ class Repository:
         for drain in list(self._draining):
             drain.join()
         return not any(scheduler.running for scheduler in self._cut_off)
+
+    @contextmanager
+    def _in_turn(self, given_up: Callable[[], bool]) -> Iterator[None]:
+        with self._changing:
+            if given_up():
+                raise Cancelled("the call was given up before its turn came; nothing was changed.")
+            yield
 
     def _look(self) -> Layout:
         layout = find_places(self._config.paths, self._policy)

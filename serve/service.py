@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
+CHANGES = 32  # of models, asked for at a time; each takes a thread, and waits for others, or for calls to end
 MAX_DETAILS = 500  # characters; the status travels in headers, which have a limit of their own
 
 _STATUS: dict[type[EdgewardError], grpc.StatusCode] = {
@@ -145,22 +146,32 @@ class Service:
             models=[entry(name=one.name, version=str(one.version), state=one.state, reason=one.reason) for one in found]
         )
 
-    def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest) -> pb.RepositoryModelLoadResponse:
-        """Load a model, or look whether there are new versions of it; blocks until it can be called."""
+    def RepositoryModelLoad(
+        self, request: pb.RepositoryModelLoadRequest, given_up: Callable[[], bool]
+    ) -> pb.RepositoryModelLoadResponse:
+        """Load a model, or look whether there are new versions of it; blocks until it can be called.
+
+        It is not loaded when the call was given up before its turn came.
+        """
         _only_repository(request.repository_name)
         self._only_admin("loading models")
         for key in request.parameters:
             raise NotSupported(f"load parameter {key!r} is not supported: a model is loaded as it lies on disk.")
-        self._repository.load(request.model_name)
+        self._repository.load(request.model_name, given_up)
         return pb.RepositoryModelLoadResponse()
 
-    def RepositoryModelUnload(self, request: pb.RepositoryModelUnloadRequest) -> pb.RepositoryModelUnloadResponse:
-        """Unload a model; blocks until the calls that it is answering have ended."""
+    def RepositoryModelUnload(
+        self, request: pb.RepositoryModelUnloadRequest, given_up: Callable[[], bool]
+    ) -> pb.RepositoryModelUnloadResponse:
+        """Unload a model; blocks until the calls that it is answering have ended.
+
+        It is not unloaded when the call was given up before its turn came.
+        """
         _only_repository(request.repository_name)
         self._only_admin("unloading models")
         for key in request.parameters.keys() - {"unload_dependents"}:  # nothing depends on a model
             raise BadInput(f"unload parameter {key!r} is not known; expected unload_dependents or none.")
-        self._repository.unload(request.model_name)
+        self._repository.unload(request.model_name, given_up)
         return pb.RepositoryModelUnloadResponse()
 
     def SystemSharedMemoryStatus(

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from serve.config import ServeConfig
 from serve.envelope import Request, parse_request, parser
 from serve.health import CHECK, WATCH, Health
 from serve.security import Tokens
-from serve.service import Metadata, Service, status
+from serve.service import CHANGES, Metadata, Service, status
 
 Answer = TypeVar("Answer")
 Call = Callable[[Any, Any], Awaitable[Any]]  # a request and its context -> the response
@@ -54,6 +54,7 @@ class Transport:
         self._admission, self._health = admission, Health()
         self._calls = _Calls(self._handlers(), tokens)
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(CHANGES, "blocking"))
         bound: Future[int] = Future()
         self._thread = threading.Thread(target=self._run, args=(bound,), name="grpc", daemon=True)
         self._thread.start()
@@ -131,10 +132,17 @@ class Transport:
         """A call that needs its request alone."""
         call = getattr(self._service, name)
 
-        async def answer(request: Any, context: Context) -> Any:
-            return await asyncio.to_thread(call, request) if name in wire.BLOCKING else call(request)
+        async def hand_over(request: Any, context: Context) -> Any:
+            over = threading.Event()
+            try:
+                return await asyncio.to_thread(call, request, over.is_set)
+            finally:
+                over.set()
 
-        return answer
+        async def answer(request: Any, context: Context) -> Any:
+            return call(request)
+
+        return hand_over if name in wire.BLOCKING else answer
 
     async def _check(self, data: bytes, context: Context) -> bytes:
         return self._health.check(data)

@@ -172,7 +172,7 @@ def test_a_load_that_outlasts_the_drain_does_not_keep_the_process(tmp_path, tran
     before = """
 import time
 from serve.repository import Repository
-Repository.load = lambda self, name: sys.stderr.write("loading\\n") and time.sleep(3600)
+Repository.load = lambda self, name, given_up: sys.stderr.write("loading\\n") and time.sleep(3600)
 """
     with run_server(path, before, transport=transport, **OPTIONS) as process, ThreadPoolExecutor() as pool:
         client = Client(address_in(wait_for(process, '"event": "ready"')))

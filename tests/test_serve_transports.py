@@ -5,7 +5,7 @@ import math
 import queue
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import grpc
@@ -21,7 +21,7 @@ from serve import answering, completion_queue, logs, pace, scheduler, wire
 from serve import call as serve_call
 from serve.client import Client
 from serve.config import ServeConfig
-from serve.errors import ServerError, StartError
+from serve.errors import Cancelled, ServerError, StartError
 from serve.server import start
 from tests.serve_bundles import counter, identity
 
@@ -55,7 +55,9 @@ def server(transport, tmp_path):
     path = tmp_path / "echo.onnx"
     path.write_bytes(identity(np.float32, [None, 2]))
     server = start(
-        ServeConfig((path,), port=0, device="cpu", threads=1, instances=1, max_streams=2, transport=transport)
+        ServeConfig(
+            (path,), port=0, device="cpu", threads=1, instances=1, max_streams=2, admin=True, transport=transport
+        )
     )
     yield server
     if server._ready:
@@ -375,6 +377,52 @@ def test_calls_given_up_at_random_leave_nothing_behind(server, stub):
     until(lambda: idle(server))
     if isinstance(server._transport, completion_queue.Transport):
         until(lambda: not server._transport._calls.open)
+
+
+def test_changes_that_wait_hold_up_no_other(server, stub, monkeypatch):
+    """An unload waits for the calls of its model to end."""
+    began, ended = queue.Queue(), threading.Event()
+    monkeypatch.setattr(server._repository, "unload", lambda *change: began.put(change) or ended.wait(PATIENCE_S))
+    unload = stub.RepositoryModelUnload.future
+    calls = [unload(pb.RepositoryModelUnloadRequest(model_name="echo"), timeout=PATIENCE_S) for _ in range(20)]
+    for _ in calls:
+        began.get(timeout=PATIENCE_S)
+
+    stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="echo"), timeout=PATIENCE_S)
+
+    assert not any(call.done() for call in calls)
+    ended.set()
+    assert all(call.result() == pb.RepositoryModelUnloadResponse() for call in calls)
+
+
+@pytest.mark.parametrize("change", ["load", "unload"])
+def test_a_change_that_is_given_up_before_its_turn_is_not_made(server, stub, monkeypatch, change):
+    """Other changes take long, and whoever gave up may have asked for the opposite meanwhile."""
+    repository, began, outcome = server._repository, threading.Event(), Future()
+    make = getattr(repository, change)
+
+    def late(name, given_up):
+        began.set()
+        until(given_up)
+        try:
+            make(name, given_up)
+        except Exception as error:
+            outcome.set_exception(error)
+            raise
+        outcome.set_result(None)
+
+    monkeypatch.setattr(repository, change, late)
+    if change == "load":
+        call = stub.RepositoryModelLoad.future(pb.RepositoryModelLoadRequest(model_name="echo"))
+    else:
+        call = stub.RepositoryModelUnload.future(pb.RepositoryModelUnloadRequest(model_name="echo"))
+    assert began.wait(PATIENCE_S)
+
+    call.cancel()
+
+    with pytest.raises(Cancelled):
+        outcome.result(PATIENCE_S)
+    assert repository.names() == ["echo"]
 
 
 def test_an_answer_waits_for_no_request_that_does_not_come(stub, channel):
