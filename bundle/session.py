@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from bundle import bfloat16, cuda, weights
+from bundle import arena, bfloat16, cuda, weights
 from bundle.errors import DeviceUnavailable, EdgewardError, ModelError
 from bundle.host import cpu_count, products_saturate
 from bundle.log import log
@@ -201,8 +201,7 @@ def _run(session: onnxruntime.InferenceSession, device: str) -> cuda.Run:
         bfloat16.check_no_strings((*signature.inputs, *signature.optional))
         return partial(bfloat16.run, session)
     if device == "cpu" or "BYTES" in datatypes:  # strings never lie on a GPU
-        run: cuda.Run = session.run
-        return run
+        return arena.run_of(session)
     return cuda.bound_run(session, Memory())
 
 
