@@ -29,7 +29,7 @@ class Client:
 
     What the server refuses, fails at or does not answer is a ServerError with the gRPC status. While it is
     UNAVAILABLE, calls that may be made twice are made again, within the call's deadline, with pauses that grow at
-    random, and for at most a tenth of the calls (serve/client/channel.py).
+    random, and beside ten for at most a tenth of its calls (serve/client/channel.py).
     """
 
     def __init__(
@@ -260,9 +260,12 @@ class Client:
     def shared_memory(self, byte_size: int) -> Iterator[Region]:
         """A region of shared memory that the server knows until the block ends.
 
+        A process that dies within the block leaves it with the server (docs/clients.md).
+
         Raises:
+            BadInput: it would have no bytes.
             EdgewardError: there is none on this system, or not so much.
-            ServerError: the server does not allow it, or is on another machine.
+            ServerError: the server does not allow it, or is on another machine; the client was closed meanwhile.
         """
         region = Region(byte_size)
         try:

@@ -133,9 +133,9 @@ def _options(attempts: int, local: bool) -> tuple[tuple[str, Any], ...]:
 def _service_config(attempts: int) -> dict[str, Any]:
     """The retries that gRPC itself has (gRFC A6): exponential backoff with jitter, within the call's deadline.
 
-    The budget is a bucket of 20 tokens for each server that a process talks to: a failed attempt takes one, a call that
-    succeeds brings a tenth, and nothing is sent again while half of them or more are gone. So beside ten at the start,
-    a tenth of the calls at most.
+    The budget is a bucket of 20 tokens for each channel: a failed attempt takes one, a call that succeeds brings a
+    tenth, and nothing is sent again while half of them or more are gone. So beside ten at the start, a tenth of a
+    client's calls at most.
     """
     service = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
     policy = {

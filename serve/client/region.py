@@ -46,7 +46,9 @@ class SharedTensor:
 
 
 class Region:
-    """A region of shared memory, made by the client. Its memory is freed with the last array that looks at it.
+    """A region of shared memory, made by the client.
+
+    Its memory is freed when the server has forgotten it and no array looks at it.
 
     Attributes:
         name: under which the server knows it.
@@ -87,7 +89,7 @@ class Region:
             os.close(file)
 
     def remove_name(self) -> None:
-        """Nobody can open it any more; who has it mapped keeps it, so a crash leaves nothing behind."""
+        """Nobody can open it any more; who has it open or mapped keeps it."""
         (_SHM / self.name).unlink(missing_ok=True)
 
     def tensor(self, shape: tuple[int, ...], dtype: np.dtype | type) -> SharedTensor:
