@@ -105,6 +105,8 @@ def prepare(config: TrainConfig, ours: World | None = None) -> Job:
 
 def _check_output(config: TrainConfig) -> None:
     store.check_new(config.out)
+    if config.tensorboard is not None:
+        store.check_writable(config.tensorboard / "events", "--tensorboard")
     unfinished = progress_folder(config.out)
     if unfinished.exists() and not config.resume:
         raise OutputExists(

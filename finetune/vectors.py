@@ -21,6 +21,8 @@ from finetune.model import Standardize, VectorsModel, WordVectors, moments
 from finetune.pretrained import Pretrained, buckets
 from finetune.vector_files import read_vectors
 
+MANY_UNKNOWN = 0.5  # of the words that are read
+
 Counts = Counter[str]
 
 
@@ -50,6 +52,12 @@ def open_model(name: str, config: TrainConfig, dataset: Dataset, train: np.ndarr
     words, table = read_vectors(Path(name).expanduser(), counts, config.vocab_size, usable)
     facts = unknown_rates(counts, words)
     log.info("word vectors", file=name, words=len(words), size=table.shape[1], **facts)
+    if facts["oov_tokens"] > MANY_UNKNOWN:
+        log.warning(
+            "most words have no vector, and are left out",
+            oov_tokens=facts["oov_tokens"],
+            remedy="vectors of the same language, --segmenter jieba for Chinese, or another --lowercase",
+        )
     if facts["oov_tokens"] == 1:
         raise ModelError(
             f"{name} has none of the train split's {len(counts)} words. Is it of another language, or were its words "

@@ -137,7 +137,7 @@ class _Walk:
     def look_at(self, path: Path) -> None:
         """A path that the server was given."""
         if path.is_file() and path.suffix == ".onnx":
-            if not _is_utf8(path.name):
+            if not is_utf8(path.name):
                 raise StartError(f"{path} has a name that is not UTF-8. Rename it.")
             self.places.append(Place(path.stem, 1, path, _stamp([path]), given=True))
             return
@@ -194,7 +194,7 @@ class _Walk:
         for each in sorted(path.iterdir()):
             if each.name.startswith(".") or not each.is_dir():
                 continue
-            if _is_utf8(each.name):
+            if is_utf8(each.name):
                 found.append(each)
             else:
                 self.skipped.append(f"{each} has a name that is not UTF-8. Rename it.")
@@ -240,7 +240,7 @@ def _holds_bundle(folder: Path, skipped: list[str]) -> bool:
     return True
 
 
-def _is_utf8(name: str) -> bool:
+def is_utf8(name: str) -> bool:
     """Whether it can be sent; Python has the bytes of others as lone surrogates."""
     try:
         name.encode()

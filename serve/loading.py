@@ -140,7 +140,8 @@ def _load_bundle(place: Place, config: ServeConfig) -> tuple[ServedModel, ...]:
     if (place.name, place.version) != (manifest.name, manifest.version):
         raise StartError(
             f"{place.path} holds bundle {manifest.name!r} version {manifest.version}; in a repository it belongs in "
-            f"{manifest.name}/{manifest.version}."
+            f"{manifest.name}/{manifest.version}. Move it, or export it with --name {place.name} --version "
+            f"{place.version}."
         )
     session = model.session
     policy = default_policy(config, joins=model.variant.batch_invariant, device=session.device, threads=session.threads)

@@ -9,6 +9,7 @@ from pathlib import Path
 from watchfiles import watch
 
 from bundle.log import log
+from serve.layout import is_utf8
 
 DEPTH = 2  # folders NAME/VERSION below a path
 QUIET_MS, LONGEST_MS = 100, 1600  # a look follows so long after the last change, or after the first if they do not end
@@ -105,12 +106,16 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
     yield folder
     if depth:
         try:
-            inside = [Path(entry) for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
+            inside = [Path(entry) for entry in os.scandir(folder) if entry.is_dir() and _is_seen(entry.name)]
         except OSError as error:
             log.warning("folder cannot be watched", path=str(folder), because=error.strerror)
             return
         for each in inside:
             yield from _below(each, depth - 1)
+
+
+def _is_seen(name: str) -> bool:
+    return not name.startswith(".") and is_utf8(name)  # watchfiles refuses others
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

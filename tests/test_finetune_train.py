@@ -293,6 +293,9 @@ def test_output_that_cannot_be_written_is_refused_first(place, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(EdgewardError, match="Choose another --out"):
         train(digits_config(place, tmp_path / "file" / "out", model="not a model"))
+    for curves in ("file", "file/curves"):
+        with pytest.raises(EdgewardError, match="Choose another --tensorboard"):
+            train(digits_config(place, tmp_path / "out", model="not a model", tensorboard=tmp_path / curves))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")

@@ -258,6 +258,7 @@ def test_vocabulary_is_the_train_splits_and_the_most_frequent(tmp_path):
     )  # fmt: skip
     assert pretrained.facts == {"oov_tokens": pytest.approx(4 / 11), "oov_types": pytest.approx(4 / 8)}
     assert logs[-1]["oov_tokens"] == pretrained.facts["oov_tokens"]
+    assert logs[-1]["level"] == "info"
     np.testing.assert_array_equal(pretrained.backbone.table.numpy(), table()[[0, 2, 3, 5]])
     cased = load(f"vectors:{path}", dataset_of([b"Paris paris PARIS"]), vocab_size=0, lowercase=False)
     assert cased.files == {"vocabulary.txt": b"Paris\nparis\n"}
@@ -343,3 +344,15 @@ def test_wrong_options_are_refused(tmp_path, columns, texts, options, message):
         options = options | {"dictionary": tmp_path / options["dictionary"]}
     with pytest.raises(ModelError, match=message):
         load(f"vectors:{write_file(tmp_path, 'glove.txt')}", dataset_of(texts, columns), **options)
+
+
+def test_words_of_which_most_are_unknown_are_a_warning(tmp_path):
+    """Chinese that nobody has cut trains a model of nothing, with an accuracy as if it were hard."""
+    path = write_file(tmp_path, "glove.txt")
+    texts = [b"good film", "这部电影非常好看 真的".encode(), "难看 不好".encode()]
+    with captured() as logs:
+        load(f"vectors:{path}", dataset_of(texts))
+
+    (told,) = [each for each in logs if each["level"] == "warning"]
+    assert told["oov_tokens"] == pytest.approx(5 / 6)
+    assert "--segmenter jieba" in told["remedy"]

@@ -140,7 +140,7 @@ def test_a_bundle_in_another_version_s_folder_is_a_start_up_error(tmp_path):
     """In a repository the folders and the manifest must agree."""
     write_text_bundle(tmp_path / "mood" / "2", version=1)
 
-    with pytest.raises(StartError, match=r"belongs in mood/1"):
+    with pytest.raises(StartError, match=r"belongs in mood/1. Move it, or export it with --name \w+ --version \d"):
         served(tmp_path)
 
 

@@ -91,6 +91,15 @@ def test_removed_version_is_seen(tmp_path, watch, looks):
     looks.wait()
 
 
+def test_a_name_that_is_not_utf8_keeps_no_change_from_being_seen(tmp_path, watch, looks):
+    """A folder that cannot be watched is passed over."""
+    add_version(tmp_path, os.fsdecode(b"bad\xff"))
+    watch(tmp_path)
+
+    add_version(tmp_path)
+    looks.wait()
+
+
 def test_file_renamed_into_place_is_seen(tmp_path, watch, looks):
     """A watched file may be replaced by another of its name, again and again."""
     graph = tmp_path / "model.onnx"
