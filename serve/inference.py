@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc
 
-from bundle.errors import BadInput
+from bundle.errors import EdgewardError
 from serve.envelope import Request
 from serve.inputs import read_inputs
 from serve.loading import Served
@@ -14,6 +14,7 @@ from serve.logs import Ended
 from serve.outputs import Wanted, find_parts, write_answer
 from serve.queue import Job, Outcome
 from serve.shared_memory import Part, Regions
+from serve.statistics import Reason
 
 StepAside = Callable[[bool], bool]
 
@@ -68,8 +69,8 @@ class Inference:
             plan = served.plan(self._request.envelope)
             arrays = read_inputs(plan.inputs, self._request.raws, self._regions)
             self._wanted, self._parts = plan.wanted, find_parts(plan.wanted, self._regions)
-        except BadInput:
-            served.statistics.failed("bad_input", time.perf_counter_ns() - start)
+        except Exception as error:
+            served.statistics.failed(_reason(error), time.perf_counter_ns() - start)
             raise
         self.served = served
         self.job = Job(
@@ -83,6 +84,7 @@ class Inference:
             size=self._request.size,
         )
         if not (self._step_aside and served.scheduler.try_inline(self.job, self._step_aside)):
+            self.job.times.started = 0  # it was not run here
             served.scheduler.submit(self.job)
 
     def answer(self, outcome: Outcome) -> bytes:
@@ -95,15 +97,21 @@ class Inference:
             raise outcome
         assert self.served is not None
         model = self.served.model
-        return write_answer(
-            (model.name, str(model.version)),
-            self._request.id,
-            self._wanted,
-            self._parts,
-            outcome,
-            model.labels,
-            batched=model.max_batch > 0,
-        )
+        try:
+            return write_answer(
+                (model.name, str(model.version)),
+                self._request.id,
+                self._wanted,
+                self._parts,
+                outcome,
+                model.labels,
+                batched=model.max_batch > 0,
+            )
+        except Exception as error:
+            assert self.job is not None
+            times = self.job.times
+            self.served.statistics.unwritten(_reason(error), times.ended - times.queued)
+            raise
 
     def cancel(self) -> None:
         """Nobody waits any more: drop it, unless it runs already."""
@@ -116,3 +124,8 @@ class Inference:
         version = str(served.model.version) if served else envelope.model_version
         rows, times = (job.rows, job.times) if job else (0, None)
         return Ended(envelope.model_name, version, self._request.id, rows, code, times)
+
+
+def _reason(error: Exception) -> Reason:
+    """Why a request cannot be read, or its answer not be written: it asks for what cannot be, or the fault is here."""
+    return "bad_input" if isinstance(error, EdgewardError) else "error"

@@ -57,7 +57,8 @@ class Snapshot:
     """All counts at one moment.
 
     Attributes:
-        stages: durations of the requests that succeeded; "total" is from their arrival in the queue to their outcome.
+        stages: durations of the requests that ran; "total", from their arrival in the queue to their outcome, is of
+            those alone that succeeded.
         batches: by rows, without padding.
         failures: requests by reason, all reasons.
         failed_ns: how long the failed requests took, from their arrival, together.
@@ -82,7 +83,7 @@ class Snapshot:
 
     @property
     def rows(self) -> int:
-        """Rows of the requests that succeeded."""
+        """Rows of the requests that ran."""
         return sum(rows * runs.count for rows, runs in self.batches.items())
 
     @property
@@ -171,6 +172,19 @@ class Statistics:
     def failed(self, reason: Reason, total_ns: int) -> None:
         """Count one request that got no answer, and how long it took to say so."""
         with self._lock:
+            self._failures[reason] += 1
+            self._failed_ns += total_ns
+
+    def unwritten(self, reason: Reason, total_ns: int) -> None:
+        """Count one request as failed that ran, and whose answer could not be written.
+
+        Args:
+            reason: why not.
+            total_ns: as `ran` was told.
+        """
+        with self._lock:
+            self._count()  # also its run, which was counted before
+            self._observe("total", total_ns, -1)
             self._failures[reason] += 1
             self._failed_ns += total_ns
 

@@ -1,11 +1,22 @@
 import threading
 import time
+import uuid
 
+import grpc
+import numpy as np
 import pytest
 
+from protos import inference_pb2 as pb
+from protos import inference_pb2_grpc
+from serve import inference
+from serve.config import ServeConfig
+from serve.server import start
+from serve.shared_memory import FOLDER
 from serve.statistics import Statistics, as_message
+from tests.serve_bundles import identity
 
 MS = 1_000_000
+INPUTS = [pb.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[4])]
 
 
 @pytest.fixture
@@ -48,6 +59,75 @@ def test_every_request_of_a_run_lasts_as_long_as_the_run(statistics):
         "encode": (3, 42),
         "total": (3, 19 * MS),
     }
+
+
+def test_a_request_whose_answer_cannot_be_written_has_failed(statistics):
+    """It ran, and its run is counted as before."""
+    statistics.unwritten("bad_input", 7 * MS)
+    snapshot = statistics.snapshot()
+
+    assert (snapshot.requests, snapshot.rows, snapshot.runs, snapshot.failed) == (2, 8, 2, 3)
+    assert snapshot.stages["total"].sum == 12 * MS
+    assert (snapshot.failures["bad_input"], snapshot.failed_ns) == (1, 16 * MS)
+    assert snapshot.stages["run"].count == 3
+
+
+@pytest.fixture
+def server(tmp_path):
+    (tmp_path / "echo.onnx").write_bytes(identity(np.float32, [None]))
+    server = start(ServeConfig((tmp_path / "echo.onnx",), port=0, device="cpu", threads=1, shared_memory=True))
+    yield server
+    server.stop(drain_s=0)
+
+
+@pytest.fixture
+def stub(server):
+    with grpc.insecure_channel(server.address) as channel:
+        yield inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+
+def into_region(size):
+    request = pb.ModelInferRequest(model_name="echo", inputs=INPUTS, raw_input_contents=[bytes(16)])
+    to = request.outputs.add(name="y").parameters
+    to["shared_memory_region"].string_param = "r"
+    to["shared_memory_byte_size"].int64_param = size
+    return request
+
+
+@pytest.mark.skipif(not FOLDER.is_dir(), reason="needs /dev/shm")
+def test_of_shared_memory_what_is_not_there_or_too_small_is_a_bad_request(server, stub):
+    """Whether that is seen before the run or after it."""
+    path = FOLDER / f"edgeward-test-{uuid.uuid4().hex}"
+    path.write_bytes(bytes(16))
+    for size in (16, 4):
+        with pytest.raises(grpc.RpcError, match="Unable to find"):
+            stub.ModelInfer(into_region(size))
+    stub.SystemSharedMemoryRegister(
+        pb.SystemSharedMemoryRegisterRequest(name="r", key=f"/{path.name}", offset=0, byte_size=16)
+    )
+    path.unlink()
+    with pytest.raises(grpc.RpcError, match="does not fit"):
+        stub.ModelInfer(into_region(4))
+    stub.ModelInfer(into_region(16))
+
+    snapshot = server._repository.find("echo", "").statistics.snapshot()
+    assert (snapshot.requests, snapshot.failed, snapshot.runs) == (1, 3, 2)
+    assert snapshot.failures["bad_input"] == 3
+
+
+@pytest.mark.parametrize("part", ["read_inputs", "write_answer"])
+def test_a_fault_of_the_server_is_an_error_of_its_own(server, stub, monkeypatch, part):
+    """Not of the client, who did nothing wrong."""
+
+    def broken(*arguments, **options):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(inference, part, broken)
+    with pytest.raises(grpc.RpcError, match="internal error"):
+        stub.ModelInfer(pb.ModelInferRequest(model_name="echo", inputs=INPUTS, raw_input_contents=[bytes(16)]))
+
+    snapshot = server._repository.find("echo", "").statistics.snapshot()
+    assert (snapshot.requests, snapshot.failed, snapshot.failures["error"]) == (0, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,26 @@ def test_a_call_that_is_given_up_while_it_waits_is_not_run(server, stub, served,
     until(lambda: idle(server))
 
 
+def test_a_call_that_is_given_up_while_it_waits_has_been_in_no_stage(stub, served, gate, monkeypatch):
+    """Logs and traces tell of a stage only when it began and ended."""
+    told = queue.Queue()
+    monkeypatch.setattr(logs, "logs_requests", lambda: True)
+    monkeypatch.setattr(logs, "log_request", told.put)
+    running = stub.ModelInfer.future(echo(1))
+    gate.began.get(timeout=PATIENCE_S)
+    waiting = stub.ModelInfer.future(echo(2))
+    until(lambda: served.scheduler.pending == 1)
+
+    waiting.cancel()
+
+    assert told.get(timeout=PATIENCE_S).stages() == {}
+    gate.opened.set()
+    running.result(PATIENCE_S)
+    stages = told.get(timeout=PATIENCE_S).stages()
+    assert list(stages) == ["queue", "decode", "run", "encode"]
+    assert all(start <= end for start, end in stages.values())
+
+
 def test_a_run_that_is_longer_than_those_before_holds_nobody_up(tmp_path, transport):
     """Its thread takes the calls of all clients, which after many short runs it does not hand over; it is replaced."""
     path = tmp_path / "count.onnx"
