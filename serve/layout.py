@@ -1,7 +1,7 @@
 """Paths given to the server -> places of models on the disk: which versions there are, and which of them are served."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,22 +100,23 @@ def choose_versions(policy: pb.ModelVersionPolicy, there: Sequence[int]) -> list
             return sorted(there)
         case "specific":
             return sorted(set(there) & set(policy.specific.versions))
-    return sorted(there)[-(policy.latest.num_versions or 1) :]
+    return sorted(set(there))[-(policy.latest.num_versions or 1) :]
 
 
-def find_places(paths: Sequence[Path], policy: pb.ModelVersionPolicy) -> Layout:
+def find_places(paths: Sequence[Path], policy: pb.ModelVersionPolicy, served: Collection[Path] = ()) -> Layout:
     """Look at everything below the paths; nothing is loaded or verified.
 
     Args:
         paths: each a bundle, a folder of bundles, a repository NAME/VERSION/ of bundles or of ONNX graphs with or
             without a NAME/config.pbtxt, or an .onnx file.
         policy: for models whose config.pbtxt has none.
+        served: those of places that are; of two with one name and version such a one is meant, else the first.
     """
     walk = _Walk()
     for path in paths:
         walk.attempt(path, path.stem if path.suffix == ".onnx" else "", walk.look_at)
     places = [place for name in {place.name: None for place in walk.places} for place in walk.choose(name, policy)]
-    return Layout(tuple(walk.told_apart(places)), tuple(walk.failures), tuple(walk.skipped))
+    return Layout(tuple(walk.told_apart(places, served)), tuple(walk.failures), tuple(walk.skipped))
 
 
 class _Walk:
@@ -214,20 +215,20 @@ class _Walk:
             self.failures.append(Failure(places[0].path, name, error))
         return chosen
 
-    def told_apart(self, places: Sequence[Place]) -> Iterator[Place]:
+    def told_apart(self, places: Sequence[Place], served: Collection[Path]) -> list[Place]:
         """The places, but for those whose names and version are another's."""
         taken: dict[tuple[str, int], Place] = {}
-        for place in places:
+        for place in sorted(places, key=lambda each: each.path not in served):
             other = next((taken[name, place.version] for name in place.names if (name, place.version) in taken), None)
             if other is None:
                 taken |= {(name, place.version): place for name in place.names}
-                yield place
                 continue
             error = StartError(
                 f"{other.path} and {place.path} are both model {place.name!r} version {place.version}. Serve one of "
                 "them, or export one under another --name or --version."
             )
             self.failures.append(Failure(place.path, place.name, error))
+        return [place for place in places if taken.get((place.name, place.version)) is place]
 
 
 def _holds_bundle(folder: Path, skipped: list[str]) -> bool:

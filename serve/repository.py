@@ -233,7 +233,8 @@ class Repository:
             yield
 
     def _look(self) -> Layout:
-        layout = find_places(self._config.paths, self._policy)
+        served = {loaded.place.path for versions in self._loaded.values() for loaded in versions.values()}
+        layout = find_places(self._config.paths, self._policy, served)
         self._failures = layout.failures
         lines = {*layout.skipped, *(str(_located(failure.error, failure.path)) for failure in layout.failures)}
         for line in sorted(lines - self._told):

@@ -178,6 +178,22 @@ def test_a_bad_version_is_refused_and_the_old_one_serves_on(tmp_path, write, rea
     assert not reasons(repository)
 
 
+def test_a_second_bundle_of_a_name_and_version_takes_no_place(tmp_path):
+    """Also where it comes first in the alphabet: what is served is served on, and the other one is told of."""
+    write_text_bundle(tmp_path / "mood")
+    repository = start(tmp_path)
+    served = repository.find("mood", "")
+    write_text_bundle(tmp_path / "copy of mood")
+
+    with captured() as logs:
+        repository.refresh()
+
+    assert repository.find("mood", "") is served
+    (told,) = [each["because"] for each in logs if each["event"] == "not served"]
+    assert "mood and " in told
+    assert "copy of mood are both model 'mood' version 1" in told
+
+
 def test_a_refused_version_is_tried_again_when_its_files_change(tmp_path):
     """And when a client asks for it."""
     write_graph(tmp_path / "m" / "1")
