@@ -25,7 +25,7 @@ def header(path: str) -> list[str]:
     """The columns of a CSV file.
 
     Raises:
-        DataError: it has none, or they are no CSV, or it is UTF-16.
+        DataError: it has none, or they are no CSV, or not UTF-8.
     """
     with open_file(path) as file:
         _check_encoding(path, file)
@@ -43,6 +43,8 @@ def _header(path: str, rows: CsvRows) -> list[str]:
     first = next(iter(rows), None)
     if first is None or isinstance(first, BadInput):
         raise DataError(f"{path} has no header: {first or 'it is empty'}")
+    if _SURROGATES.search("".join(first)):
+        raise DataError(f"{path} is not UTF-8. Convert it, for example with iconv -t UTF-8.")
     return first
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 from weakref import WeakSet
 
-from bundle.errors import BadInput
+from bundle.errors import BadInput, MissingExtra
 from bundle.host import trim_memory
 from bundle.log import log
 from serve.config import ServeConfig
@@ -337,4 +337,4 @@ def _by_version(loaded: Mapping[str, Mapping[int, Loaded]]) -> dict[str, dict[in
 
 def _located(error: Exception, path: object) -> Exception:
     """The same for the operator; the text of a ConfigRefused is for clients, too, and names no path."""
-    return ConfigRefused(f"{path}: {error}") if isinstance(error, ConfigRefused) else error
+    return type(error)(f"{path}: {error}") if isinstance(error, ConfigRefused | MissingExtra) else error

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from bundle.log import log
-from serve import completion_queue, security, wire
+from serve import completion_queue, security, spare, wire
 from serve.admission import Admission, Traffic
 from serve.config import ServeConfig
 from serve.errors import StartError
@@ -124,7 +124,8 @@ class Server:
             drain_s: how long calls may go on; by default what the config says. Later they are cut off.
 
         Returns:
-            Whether all has ended: a model that runs cannot be stopped, nor one that is being loaded.
+            Whether all has ended: a model that runs cannot be stopped, nor one that is being loaded, or its second
+            session made.
         """
         limit = self._config.drain_s if drain_s is None else drain_s
         self._ready = False
@@ -139,6 +140,7 @@ class Server:
         if self._watcher:
             ended &= self._watcher.stop(wire.END_S)
         ended &= self._repository.close(0)
+        ended &= not spare.filling()
         if self._http:
             self._http.stop()
         if self._tracer:

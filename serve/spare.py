@@ -8,6 +8,13 @@ from bundle.host import trim_memory
 from bundle.log import log
 from bundle.session import Session
 
+_NAME = "spare-"  # of the threads
+
+
+def filling() -> bool:
+    """Whether a session is being made, which cannot be stopped."""
+    return any(thread.name.startswith(_NAME) for thread in threading.enumerate())
+
 
 class Spare:
     """Made in the background when it is first asked for: a model whose requests never meet does without its memory."""
@@ -35,7 +42,7 @@ class Spare:
 
     def _begin(self) -> None:
         try:
-            threading.Thread(target=self._fill, name=f"spare-{self._name}", daemon=True).start()
+            threading.Thread(target=self._fill, name=f"{_NAME}{self._name}", daemon=True).start()
         except RuntimeError as error:  # the system has no thread left; whoever asks has a request in its hands
             self._none(error)
 

@@ -381,6 +381,14 @@ def test_object_stores_are_read_and_written_like_folders(mood, tmp_path):
     assert "_SUCCESS" in stored
 
 
+def test_a_header_of_another_encoding_is_refused(mood, tmp_path):
+    """In words, not in the bytes that it is taken for."""
+    (tmp_path / "a.csv").write_text("客户,text\n甲,a film\n", "gb18030")
+
+    with pytest.raises(DataError, match=r"a.csv is not UTF-8. Convert it"):
+        run(mood, tmp_path / "a.csv", out=tmp_path / "out")
+
+
 @pytest.mark.parametrize(("name", "text"), [("a.csv", "text\na film\n"), ("a.jsonl", '{"text": "a film"}\n')])
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 def test_utf_16_is_refused(mood, tmp_path, name, text, encoding):

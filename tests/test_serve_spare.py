@@ -17,7 +17,7 @@ from serve.client import Client
 from serve.config import ServeConfig
 from serve.server import start
 from serve.spare import Spare
-from tests.serve_bundles import model_bytes, write_text_bundle
+from tests.serve_bundles import identity, model_bytes, write_text_bundle
 
 PATIENCE_S = 30
 
@@ -47,6 +47,19 @@ def test_it_is_made_once_in_the_background():
     while (session := spare.get()) is None:
         pass
     assert session == "session"
+    join_spare()
+
+
+def test_a_server_that_stops_meanwhile_has_not_ended(tmp_path):
+    """The runtime that makes it cannot be stopped, and an interpreter that ends beside it would abort."""
+    (tmp_path / "echo.onnx").write_bytes(identity(np.float32, [None, 2]))
+    server = start(ServeConfig((tmp_path / "echo.onnx",), port=0, device="cpu"))
+    go = threading.Event()
+    Spare("m", lambda: go.wait(PATIENCE_S)).get()
+
+    assert not server.stop()
+
+    go.set()
     join_spare()
 
 
