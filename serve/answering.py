@@ -17,7 +17,7 @@ from serve.inference import Inference, StepAside
 from serve.queue import Outcome
 from serve.service import CHANGES, Metadata, Service
 
-_LARGE = 1 << 20  # bytes of a request that takes long to read, where every element is an object
+_LARGE = 1 << 20  # bytes of a request that takes long to read: every element may be an object, or in shared memory
 
 
 class Answering:
@@ -88,8 +88,11 @@ class Answering:
                 call.finish(work.answer, sent=work.release)
 
         aside = len(data) > _LARGE and self._step_aside(False)
+        request = parse_request(data)
+        if request.size > _LARGE and not aside:  # of which most lies in shared memory
+            aside = self._step_aside(False)
         work = Work(self._service, self._admission, answered, _aside if aside else self._step_aside)
-        work.start(parse_request(data), call.metadata, call.deadline)
+        work.start(request, call.metadata, call.deadline)
         if not work.ended:
             call.watch(work.cancel)
 
@@ -260,6 +263,8 @@ class _Inferences:
                 self._reading = self._more = False
                 self._advance()
             return
+        if request.size > _LARGE:
+            self._step_aside(False)
         work = Work(self._service, self._admission, self._answered, self._stay)
         with self._lock:
             self._works.append((request.id, work))

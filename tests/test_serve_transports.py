@@ -298,12 +298,18 @@ def _left():
     return [each for each in gc.get_objects() if type(each) in (serve_call.Stream, answering.Work)]
 
 
+@pytest.mark.parametrize("shared", [0, 1000])
 @pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer"])
-def test_while_a_large_request_is_read_other_calls_are_answered(server, stub, monkeypatch, method):
+def test_while_a_large_request_is_read_other_calls_are_answered(server, stub, monkeypatch, method, shared):
     """The thread that takes the events leaves them to the other one; asyncio has one thread for all."""
     if not isinstance(server._transport, completion_queue.Transport):
         pytest.skip("one thread")
-    monkeypatch.setattr(answering, "_LARGE", 0)
+    request = echo()
+    monkeypatch.setattr(answering, "_LARGE", request.ByteSize() - 1)
+    if shared:
+        del request.raw_input_contents[:]
+        request.inputs[0].parameters["shared_memory_byte_size"].int64_param = shared
+        monkeypatch.setattr(answering, "_LARGE", shared)
     reading, read, begin = threading.Event(), threading.Event(), server._service.begin
 
     def slow(*arguments):
@@ -314,12 +320,15 @@ def test_while_a_large_request_is_read_other_calls_are_answered(server, stub, mo
     monkeypatch.setattr(server._service, "begin", slow)
     streamed = method == "ModelStreamInfer"
     ask = stub.ModelStreamInfer if streamed else stub.ModelInfer.future
-    call = ask(iter([echo()]) if streamed else echo(), timeout=PATIENCE_S)
+    call = ask(iter([request]) if streamed else request, timeout=PATIENCE_S)
     assert reading.wait(PATIENCE_S)
 
     assert stub.ServerReady(pb.ServerReadyRequest(), timeout=PATIENCE_S / 3).ready
     read.set()
-    assert next(call).infer_response.outputs if streamed else call.result().outputs
+    if shared:  # of which nothing is there
+        assert next(call).error_message if streamed else call.code() is grpc.StatusCode.INVALID_ARGUMENT
+    else:
+        assert next(call).infer_response.outputs if streamed else call.result().outputs
 
 
 def test_reflection_reads_a_question_when_its_last_answer_was_taken(server, channel, monkeypatch):
