@@ -1,6 +1,7 @@
 """`edgeward finetune` and `edgeward export`."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Annotated
 
 import numpy as np
@@ -10,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bundle.errors import MissingExtra
+from bundle.signals import terminable
 from edgeward.result import give
 
 try:
@@ -43,7 +45,7 @@ def finetune(
         preflight: before training more than a head, export the model, try int8, and measure its latency.
         json: give the result as one JSON object.
     """
-    with world() as ours:
+    with world() as ours, terminable() if ours.size == 1 else nullcontext():  # torchrun ends its processes by itself
         job = prepare(config, ours)
         wanted = max_latency_ms is not None or job.strategy != "probe"
         if preflight and wanted and ours.rank == 0:
@@ -78,7 +80,8 @@ def export(config: Annotated[ExportConfig, Parameter(name="*")], *, json: bool =
         config: see ExportConfig.
         json: give the report as one JSON object.
     """
-    result = export_checkpoint(config)
+    with terminable():
+        result = export_checkpoint(config)
     give(result.report, render(result.report), json=json)
 
 

@@ -17,10 +17,10 @@ from typing import Protocol
 from bundle.errors import EdgewardError
 from bundle.log import configure as configure_log
 from bundle.log import log
+from bundle.signals import terminable
 from score.config import ScoreConfig
 from score.errors import WorkerDied
 from score.runner import UnitRunner
-from score.signals import terminable
 from score.units import Plan, Unit, UnitReport
 from score.usage import measured
 

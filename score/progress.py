@@ -10,8 +10,8 @@ from rich.text import Text
 
 from bundle.log import log
 from bundle.manifest import Record
+from bundle.signals import terminable
 from score.errors import TooManyBadRows
-from score.signals import terminable
 from score.units import Counts, Plan, UnitReport
 
 LOG_EVERY_S = 30.0  # where nobody looks at a bar

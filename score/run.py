@@ -6,13 +6,13 @@ import msgspec
 
 from bundle.log import log
 from bundle.manifest import Record
+from bundle.signals import terminable
 from bundle.store import read_manifest
 from score import autotune, local, parts, report
 from score.config import ScoreConfig
 from score.folder import Folder
 from score.plan import prepare, record, shard
 from score.progress import follow
-from score.signals import terminable
 from score.units import Counts, Plan, Settings, Unit, UnitReport
 
 Engine = Callable[[ScoreConfig, Plan, Sequence[Unit]], Generator[UnitReport, None, None]]
@@ -32,7 +32,7 @@ class Result(Record, frozen=True, kw_only=True):
 def score(config: ScoreConfig, engine: Engine | None = None) -> Result:
     """Score every row of the input, or go on where an earlier run was stopped.
 
-    SIGTERM and Ctrl-C end it; see score.signals.
+    SIGTERM and Ctrl-C end it; see bundle.signals.
 
     Args:
         config: what is to be scored, and how.

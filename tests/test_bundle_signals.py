@@ -12,7 +12,7 @@ import pytest
 import score.run
 from benchmarks.score_kills import lives
 from bundle.log import captured
-from score.signals import terminable
+from bundle.signals import terminable
 from tests.score_examples import run, tree
 
 ROWS, UNIT_ROWS = 16_000, 80
@@ -121,3 +121,16 @@ def test_a_second_signal_does_not_disturb_what_is_being_closed():
 
     assert closed
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("command", "stage"), [("export", "export_checkpoint"), ("finetune", "prepare")])
+def test_sigterm_ends_a_stage_as_ctrl_c_does(monkeypatch, command, stage):
+    """What it has open is closed: else a temporary folder were left behind."""
+    from edgeward import stages
+
+    monkeypatch.setattr(stages, stage, lambda *_: signal.raise_signal(signal.SIGTERM))
+
+    with pytest.raises(SystemExit) as ended:
+        getattr(stages, command)(None)
+
+    assert ended.value.code == 143
