@@ -18,6 +18,8 @@ from serve.queue import Times
 
 MAX_TEXT = 200  # characters of a name or an id that a client chose
 
+_GONE = "ExecuteBatchError"  # of grpc.aio: it could not write a message of a stream, as nobody reads it any more
+
 _Value = bool | int | str
 
 _DEFAULTS: Mapping[str, _Value] = {  # Triton's names
@@ -51,11 +53,14 @@ def _wanted(level: events.Level) -> bool:
 
 
 class _Library(logging.Handler):
-    """Hands the records of Python's logging on."""
+    """Hands the records of Python's logging on, but for those of clients who have gone."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if type(error).__name__ == _GONE:
+            return
         write = log.error if record.levelno >= logging.ERROR else log.warning
-        cause = {"exc_info": record.exc_info[1]} if record.exc_info else {}
+        cause = {"exc_info": error} if error else {}
         write("library", name=record.name, message=record.getMessage(), **cause)
 
 

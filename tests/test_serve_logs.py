@@ -9,15 +9,18 @@ from contextlib import suppress
 import grpc
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from bundle.errors import BadInput
 from bundle.log import configure, log
 from protos import inference_pb2 as pb
 from serve import logs
 from serve.client import Client
+from serve.config import ServeConfig
 from serve.errors import NotSupported
 from serve.queue import Times
-from tests.serve_bundles import identity
+from serve.server import start
+from tests.serve_bundles import identity, model_bytes
 
 PROCESS = """
 import sys
@@ -139,6 +142,26 @@ def test_what_libraries_log_is_a_line_like_any_other(capsys, monkeypatch):
 
     line = json.loads(capsys.readouterr().err)
     assert (line["level"], line["name"], line["message"]) == ("warning", "grpc", "retrying in 3 s")
+
+
+def test_a_client_that_leaves_in_the_middle_of_an_answer_is_no_error(tmp_path, monkeypatch, capsys):
+    """Else each of them could write a traceback of grpc.aio's."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    logs.configure()
+    path = tmp_path / "zeros.onnx"
+    node = helper.make_node("ConstantOfShape", ["n"], ["y"])
+    path.write_bytes(model_bytes([node], [("n", TensorProto.INT64, [1])], [("y", TensorProto.FLOAT, ["n"])]))
+    server = start(ServeConfig((path,), port=0, device="cpu", threads=1, transport="asyncio"))
+    with Client(server.address) as client:
+        for number in range(1, 4):
+            with Client(server.address) as leaving:
+                answers = leaving.stream("zeros", [{"n": np.array([12_000_000])}] * 3)
+                next(answers)
+                while client.statistics("zeros")[0].inference_count < 3 * number:
+                    pass
+    assert server.stop()
+
+    assert '"event": "library"' not in capsys.readouterr().err
 
 
 def test_a_request_is_one_line_with_its_stages(capsys):
