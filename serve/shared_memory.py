@@ -21,6 +21,7 @@ FOLDER = Path("/dev/shm")  # where Linux has the objects of shm_open
 MAX_REGIONS = 512  # each holds a file descriptor, of which a process has 1024 unless told otherwise
 MAX_NAME = 255  # characters
 MAX_PART = 0x7FFFF000  # bytes; Linux reads and writes no more at once
+LOCKED = "edgeward-client-"  # begins the keys of objects that a client holds a lock on (flock) as long as it lives
 _RESERVED = ("triton_python_backend_shm_region_", "sem.")  # Triton's own, and semaphores
 
 
@@ -120,7 +121,7 @@ class Regions:
         self._lock = threading.Lock()
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
-        """Make part of a shared memory object known under a name.
+        """Make part of a shared memory object known under a name, and forget those of clients that have died.
 
         Args:
             name: for requests; not yet taken.
@@ -139,6 +140,7 @@ class Regions:
             raise BadInput(f"a shared memory region needs a name of 1 to {MAX_NAME} characters; got {len(name)}.")
         file = _file(name, key)
         with self._lock:
+            self._regions = {each: region for each, region in self._regions.items() if not _is_left(region)}
             if name in self._regions:
                 raise AlreadyExists(f"shared memory region {name!r} already in manager; unregister it first.")
             if len(self._regions) == MAX_REGIONS:
@@ -230,6 +232,19 @@ def _open(name: str, key: str, file: str) -> int:
         f"Unable to open shared memory region: {key!r}, for region {name!r}. Create it first, readable and writable "
         "for the server's user, on the server's machine."
     )
+
+
+def _is_left(region: Region) -> bool:
+    """Whether its client has died: nobody else will unregister it."""
+    if not region.key.removeprefix("/").startswith(LOCKED):
+        return False
+    import fcntl  # Windows has none, where clients import this module
+
+    try:
+        fcntl.flock(region.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _checked(region: Region) -> Region:

@@ -1,6 +1,8 @@
 """Both clients and the server: one exception class, one look-up of the input, arrays in and out."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import grpc
@@ -387,6 +389,27 @@ def test_tensors_pass_in_shared_memory(client):
         client.infer("echo", {"x": sent})
     assert refused.value.code is grpc.StatusCode.NOT_FOUND
     assert answer["y"].tolist() == [["né".encode(), b"b"]]
+
+
+def test_shared_memory_of_a_client_that_died_is_forgotten(server, client):
+    """With the next region that is registered; those of living clients stay."""
+    program = f"""
+import os
+from serve.client import Client
+with Client({server.address!r}).shared_memory(64) as region:
+    print(region.name, flush=True)
+    os._exit(1)
+"""
+
+    def known():
+        return {region.name for region in server._service._regions.status("")}
+
+    with client.shared_memory(64) as living:
+        died = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True).stdout.strip()
+        assert {living.name, died} <= known()
+        with client.shared_memory(64) as another:
+            assert known() >= {living.name, another.name}
+            assert died not in known()
 
 
 def test_nothing_is_left_of_shared_memory_that_the_server_refuses(models, client):

@@ -260,7 +260,7 @@ class Client:
     def shared_memory(self, byte_size: int) -> Iterator[Region]:
         """A region of shared memory that the server knows until the block ends.
 
-        A process that dies within the block leaves it with the server (docs/clients.md).
+        That of a process that dies within the block is forgotten with the next region that anybody registers.
 
         Raises:
             BadInput: it would have no bytes.

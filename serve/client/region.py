@@ -12,6 +12,7 @@ import numpy as np
 from bundle.errors import BadInput, EdgewardError
 from bundle.tensor import NUMPY_TYPES
 from serve.client.limits import whole
+from serve.shared_memory import LOCKED
 from serve.tensors import datatype_of, from_raw, to_raw
 
 _SHM = Path("/dev/shm")  # where shm_open looks
@@ -64,7 +65,7 @@ class Region:
             BadInput: it is no number of bytes.
             EdgewardError: there is not so much shared memory, or none on this system.
         """
-        self.name = f"edgeward-{secrets.token_hex(8)}"
+        self.name = f"{LOCKED}{secrets.token_hex(8)}"
         self.key = f"/{self.name}"
         self.byte_size = whole("the size of the region in bytes", byte_size, 1)
         self._end = 0
@@ -81,8 +82,11 @@ class Region:
             raise
 
     def _create(self) -> mmap.mmap:
+        import fcntl  # Windows has none
+
         file = os.open(_SHM / self.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
+            fcntl.flock(file, fcntl.LOCK_SH)  # which the mapping keeps: so the server sees whether we live
             os.posix_fallocate(file, 0, self.byte_size)  # else memory that is not there is a SIGBUS later
             return mmap.mmap(file, self.byte_size)
         finally:
