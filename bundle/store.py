@@ -82,7 +82,7 @@ def new_directory(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         yield beside
-        beside.chmod(0o755)  # mkdtemp gives 0700, which a server under another user could not read
+        beside.chmod(_folder_mode())  # mkdtemp gives 0700, which a server under another user could not read
         _flush(beside)
         try:
             beside.rename(out)
@@ -98,6 +98,13 @@ def new_directory(out: Path) -> Iterator[Path]:
     finally:
         if beside:
             rmtree(beside, ignore_errors=True)
+
+
+def _folder_mode() -> int:
+    """That of any folder that the process makes, as its umask says."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return 0o777 & ~mask
 
 
 def _flush(directory: Path) -> None:

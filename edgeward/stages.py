@@ -1,7 +1,7 @@
 """`edgeward finetune` and `edgeward export`."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Annotated
 
 import numpy as np
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bundle.errors import MissingExtra
+from bundle.log import log
 from bundle.signals import terminable
 from edgeward.result import give
 
@@ -45,7 +46,7 @@ def finetune(
         preflight: before training more than a head, export the model, try int8, and measure its latency.
         json: give the result as one JSON object.
     """
-    with world() as ours, terminable() if ours.size == 1 else nullcontext():  # torchrun ends its processes by itself
+    with world() as ours, _told(), terminable() if ours.size == 1 else nullcontext():  # torchrun ends its own
         job = prepare(config, ours)
         wanted = max_latency_ms is not None or job.strategy != "probe"
         if preflight and wanted and ours.rank == 0:
@@ -53,6 +54,15 @@ def finetune(
         result = run(job)
     if ours.rank == 0:
         give(result, _render(result), json=json)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except SystemExit:  # of terminable
+        log.warning("ended by SIGTERM; nothing half-written is left behind")
+        raise
 
 
 def _check_job(job: Job, max_latency_ms: float | None) -> None:
@@ -80,7 +90,7 @@ def export(config: Annotated[ExportConfig, Parameter(name="*")], *, json: bool =
         config: see ExportConfig.
         json: give the report as one JSON object.
     """
-    with terminable():
+    with _told(), terminable():
         result = export_checkpoint(config)
     give(result.report, render(result.report), json=json)
 

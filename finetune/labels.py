@@ -74,8 +74,8 @@ def read_target(name: str, kind: Kind, cells: Sequence[Cell]) -> tuple[Target, d
 
     Args:
         name: of the column.
-        kind: multiclass takes a cell as one label; multilabel as labels between bars, "|" being none of them, or as a
-            list of labels; regression as a number, "nan" being a missing one.
+        kind: multiclass takes a cell as one label, without space around it; multilabel as labels between bars, "|"
+            being none of them, or as a list of labels; regression as a number, "nan" being a missing one.
         cells: None, and what is empty or blank, is missing.
 
     Returns:
@@ -90,10 +90,10 @@ def read_target(name: str, kind: Kind, cells: Sequence[Cell]) -> tuple[Target, d
 
 
 def _multiclass(name: str, cells: Sequence[Cell]) -> tuple[Target, dict[int, str]]:
-    known = [cell for cell in map(_one(name), cells) if cell is not None]
-    labels = tuple(sorted(set(known)))
-    index: dict[Cell, int] = {label: i for i, label in enumerate(labels)}
-    values = np.fromiter((index.get(cell, -1) for cell in cells), dtype=np.int64, count=len(cells))
+    found = list(map(_one(name), cells))
+    labels = tuple(sorted({label for label in found if label is not None}))
+    index: dict[str | None, int] = {label: i for i, label in enumerate(labels)}
+    values = np.fromiter((index.get(label, -1) for label in found), dtype=np.int64, count=len(cells))
     return Target(name, "multiclass", labels, values), {}
 
 
@@ -127,7 +127,7 @@ def _regression(name: str, cells: Sequence[Cell]) -> tuple[Target, dict[int, str
 def _one(name: str) -> Callable[[Cell], str | None]:
     def check(cell: Cell) -> str | None:
         if cell is None or isinstance(cell, str):
-            return None if _is_blank(cell) else cell
+            return (cell or "").strip() or None
         raise DataError(f"column {name!r} holds lists, such as {list(cell)}; sets of labels are {name}:multilabel.")
 
     return check

@@ -143,7 +143,7 @@ def run(job: Job) -> TrainResult:
     try:
         with _seeded(job.config.seed), _determinism(job.config.deterministic):
             outcome = adapt(job, job.strategy)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         if unfinished.exists():
             log.info("go on with --resume", kept=str(unfinished))
         raise

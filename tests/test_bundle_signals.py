@@ -130,7 +130,8 @@ def test_sigterm_ends_a_stage_as_ctrl_c_does(monkeypatch, command, stage):
 
     monkeypatch.setattr(stages, stage, lambda *_: signal.raise_signal(signal.SIGTERM))
 
-    with pytest.raises(SystemExit) as ended:
+    with captured() as logs, pytest.raises(SystemExit) as ended:
         getattr(stages, command)(None)
 
     assert ended.value.code == 143
+    assert logs[-1]["event"].startswith("ended by SIGTERM")

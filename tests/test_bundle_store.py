@@ -652,3 +652,16 @@ def test_every_key_is_on_the_page_of_the_format():
         named |= {record.__struct_config__.tag, record.__struct_config__.tag_field} - {None}
 
     assert {name for name in named if f"`{name}`" not in page} == set()
+
+
+def test_a_folder_is_as_open_as_its_files(tmp_path):
+    """Whoever keeps files from others by the umask means the folder as well."""
+    before = os.umask(0o077)
+    try:
+        with new_directory(tmp_path / "out") as folder:
+            (folder / "file").touch()
+    finally:
+        os.umask(before)
+
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "out" / "file").stat().st_mode & 0o777 == 0o600

@@ -52,6 +52,17 @@ def test_labels_of_any_type_are_their_words(tmp_path):
             assert [dataset.raw(i).decode() for i in range(4)] == texts
 
 
+def test_space_around_a_label_is_no_part_of_it(tmp_path):
+    """Else "a" and "a " were two classes, which nobody sees."""
+    labels = ["a", "a ", " b", "b"]
+    path = write_csv(tmp_path / "a.csv", [HEADER, *([f"text {i}", label] for i, label in enumerate(labels))])
+
+    target = load_dataset(path, "text").targets[0]
+
+    assert target.labels == ("a", "b")
+    assert target.values.tolist() == [0, 0, 1, 1]
+
+
 def test_csv_keeps_what_is_quoted(tmp_path):
     """Commas, quotes, line breaks, a byte order mark and words like NA in a text are part of it."""
     texts = ["a, b", 'say "no"', "two\nlines", "NA", "null", "123", "4.5", "né 中文"]
