@@ -48,14 +48,16 @@ def search(source: Source, config: ExportConfig, target: Target, timer: timing.T
         timer: compares the latency of two sessions.
 
     Raises:
-        ModelError: the variant asked for cannot be compiled.
+        ModelError: the variant asked for is none, or cannot be compiled.
+        DataError: the metric asked for is none of this data's.
     """
+    wanted = _recipes(source, config, target)  # names that are wrong are refused before anything is compiled
+    gate.gated_metrics(source.tasks, config.metric)
     here = (target.device, target.isa, cpu_name(), str(cpu_count()))  # what is measured here says little of elsewhere
     source = replace(source, memory=replace(source.memory, about=(*source.memory.about, *here)))
     bench = Bench(source, config, target, timer)
     _announce(source, config)
     candidates, failed = [bench.measure(FP32)], {}
-    wanted = _recipes(source, config, target)
     for recipe in track(wanted, len(wanted), "trying variants"):
         try:
             candidates.append(bench.measure(recipe))

@@ -255,3 +255,12 @@ def test_every_name_of_the_ladder_can_be_asked_for():
     assert len(set(names)) == len(names)
     with pytest.raises(ModelError, match="int8-dynamic"):
         ladder.recipe_named("int4", spec, "cpu")
+
+
+@pytest.mark.parametrize(("option", "says"), [({"variant": "int4"}, "'int4'"), ({"metric": "f1"}, "'f1' is no metric")])
+def test_names_that_are_wrong_are_refused_before_anything_is_compiled(checkpoint, tmp_path, monkeypatch, option, says):
+    """It takes minutes where the model is large."""
+    monkeypatch.setattr(search, "Bench", lambda *_: pytest.fail("something is compiled"))
+
+    with pytest.raises(EdgewardError, match=says):
+        export_checkpoint(ExportConfig(checkpoint, out=tmp_path / "b", threads=1, **option))
