@@ -240,6 +240,7 @@ class _Inferences:
         self._ends = dict(stream.metadata).get(wire.ENDS) == "true"
         self._works: deque[tuple[str, Work]] = deque()
         self._unsent: deque[Work] = deque()  # whose answers the client has not taken
+        self._dropped: list[Work] = []  # that are to be cancelled
         self._reading = self._more = True
         self._closed = False
         self._fault: Exception | None = None  # the client's, told after the answers
@@ -262,6 +263,7 @@ class _Inferences:
             with self._lock:
                 self._reading = self._more = False
                 self._advance()
+            self._cancel_dropped()
             return
         if request.size > _LARGE:
             self._step_aside(False)
@@ -295,6 +297,7 @@ class _Inferences:
             if self._closed:
                 work.drop()
             self._advance()
+        self._cancel_dropped()
 
     def _advance(self) -> None:
         """Send the answers whose turn it is, and the status after the last."""
@@ -321,17 +324,24 @@ class _Inferences:
             self._drop()
             while self._unsent:
                 self._unsent.popleft().release()
+        self._cancel_dropped()
 
     def _drop(self) -> None:
-        """Nobody reads the answers any more: what was begun is cancelled."""
+        """Nobody reads the answers any more: what was begun is to be cancelled."""
         self._more, self._closed = False, True
-        left = [work for _, work in self._works]
+        self._dropped += [work for _, work in self._works]
         self._works.clear()
         self._ended()
-        for work in left:
-            work.cancel()
-            if work.ended:
-                work.drop()
+
+    def _cancel_dropped(self) -> None:
+        """Not under the lock: where models keep an order, others are told, whose lock may be held by who wants ours."""
+        while self._dropped:
+            with self._lock:
+                dropped, self._dropped = self._dropped, []
+            for work in dropped:
+                work.cancel()
+                if work.ended:
+                    work.drop()
 
 
 def _aside(short: bool) -> bool:

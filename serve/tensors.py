@@ -164,7 +164,7 @@ def datatype_of(array: np.ndarray, where: str) -> str:
     """
     if not isinstance(array, np.ndarray | np.generic):
         raise BadInput(f"{where} is a {type(array).__name__}; expected an array of numpy.")
-    if array.dtype.kind in "OSU":
+    if array.dtype.kind in "OSUT":  # T: numpy.dtypes.StringDType
         return "BYTES"
     datatype = "BF16" if array.dtype.name == "bfloat16" else _DATATYPES.get(array.dtype.newbyteorder("<"))
     if datatype is None:

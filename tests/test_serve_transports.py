@@ -259,6 +259,27 @@ def test_a_stream_that_is_given_up_drops_what_waits(server, stub, served, gate):
     until(lambda: idle(server))
 
 
+def test_a_stream_cancels_its_requests_without_its_lock(server, stub, served, gate, monkeypatch):
+    """Who is told of that may be another stream, which has a lock of its own."""
+    if not isinstance(server._transport, completion_queue.Transport):
+        pytest.skip("has no locks")
+    owned, cancel = [], answering.Work.cancel
+
+    def watched(work):
+        owned.append(work._answered.__self__._lock._is_owned())
+        cancel(work)
+
+    monkeypatch.setattr(answering.Work, "cancel", watched)
+    answers = stub.ModelStreamInfer(iter([echo(1), echo(2)]))
+    gate.began.get(timeout=PATIENCE_S)
+    until(lambda: served.scheduler.pending == 1)
+
+    answers.cancel()
+
+    until(lambda: len(owned) == 2)
+    assert owned == [False, False]
+
+
 def test_a_full_stream_that_is_given_up_leaves_nothing_waiting(server, stub, served, gate):
     """Also the request that was read last, for which there was no place among the others."""
     call = stub.ModelStreamInfer(iter([echo(i) for i in range(2 * wire.WINDOW)]))
