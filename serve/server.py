@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what only some servers need is imported by these
     from serve.tracing import OtlpTracer
 
 _LAST_BYTES_S = 1.0  # for answers that are already on their way
+_HEAR_S = 0.5  # between looks at whether a signal came
 
 
 class Server:
@@ -199,7 +200,8 @@ def _serve(config: ServeConfig) -> None:
         for each in heard:
             signal.signal(each, stop)
         _tell_ready(server)
-        stopping.wait()
+        while not stopping.wait(_HEAR_S):  # Python hears of a signal that came to another thread when this one wakes
+            pass
         log.info("draining", address=server.address, drain_s=config.drain_s)
         if not server.stop():
             _leave()

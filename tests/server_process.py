@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 
 _PROGRAM = """
 import json, sys
@@ -16,10 +17,15 @@ serve(ServeConfig((Path(sys.argv[1]),), device="cpu", threads=1, **json.loads(sy
 """
 
 
+@contextmanager
 def run_server(path, before="pass", **options):
-    """Start one; `before` is code that its process runs first."""
+    """Start one, whose process does not outlast the block; `before` is code that it runs first."""
     command = [sys.executable, "-c", _PROGRAM.format(before=before), str(path), json.dumps({"port": 0, **options})]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def wait_for(process, word):

@@ -1,11 +1,13 @@
 """How a server ends: what it still does, what it waits for, and for how long."""
 
+import os
 import signal
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,7 +37,7 @@ def test_a_run_that_outlasts_the_drain_does_not_keep_the_process(tmp_path, trans
     """It cannot be stopped, and Python would wait for its thread, or abort."""
     path = tmp_path / "slow.onnx"
     path.write_bytes(counter())
-    with run_server(path, transport=transport, **OPTIONS) as process, ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, run_server(path, transport=transport, **OPTIONS) as process:
         client = Client(address_in(wait_for(process, '"event": "ready"')))
         feeds = {"n": np.array(10_000_000_000)}
         if streamed:
@@ -55,7 +57,7 @@ def test_a_run_of_an_unloaded_version_does_not_keep_the_process(tmp_path, transp
     """It has outlasted the drain of its version, and goes on when the server ends."""
     path = tmp_path / "slow.onnx"
     path.write_bytes(counter())
-    with run_server(path, transport=transport, **OPTIONS) as process, ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, run_server(path, transport=transport, **OPTIONS) as process:
         client = Client(address_in(wait_for(process, '"event": "ready"')))
         call = pool.submit(lambda: list(client.stream("slow", [{"n": np.array(10_000_000_000)}])))
         while not _busy(client):
@@ -174,7 +176,7 @@ import time
 from serve.repository import Repository
 Repository.load = lambda self, name, given_up: sys.stderr.write("loading\\n") and time.sleep(3600)
 """
-    with run_server(path, before, transport=transport, **OPTIONS) as process, ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, run_server(path, before, transport=transport, **OPTIONS) as process:
         client = Client(address_in(wait_for(process, '"event": "ready"')))
         call = pool.submit(client.load, "echo")
         wait_for(process, "loading")
@@ -182,6 +184,18 @@ Repository.load = lambda self, name, given_up: sys.stderr.write("loading\\n") an
         assert process.wait(60) == 0
         assert call.exception() is not None
         client.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
+def test_a_signal_that_another_thread_gets_is_heard(tmp_path):
+    """The system may choose any; Python's handler runs in the main thread, which nothing wakes then."""
+    path = tmp_path / "echo.onnx"
+    path.write_bytes(identity(np.float32, [None, 2]))
+    with run_server(path) as process:
+        wait_for(process, '"event": "ready"')
+        others = {int(each.name) for each in Path(f"/proc/{process.pid}/task").iterdir()} - {process.pid}
+        os.kill(max(others), signal.SIGTERM)
+        assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
