@@ -35,6 +35,17 @@ def _own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture
+def stub(server):
+    """The generated stub of a test's server."""
+    import grpc
+
+    from protos import inference_pb2_grpc
+
+    with grpc.insecure_channel(server.address) as channel:
+        yield inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+
 @pytest.fixture(scope="module")
 def mood(tmp_path_factory) -> Path:
     """A bundle of texts with three labels, its graph made by hand."""

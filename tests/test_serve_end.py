@@ -19,7 +19,7 @@ from serve.client import Client
 from serve.config import ServeConfig
 from serve.repository import Repository
 from serve.server import start
-from tests.serve_bundles import counter, identity, model_bytes
+from tests.serve_bundles import counter, has_to_wait, identity, model_bytes
 from tests.server_process import address_in, run_server, wait_for
 
 MANY = 12_000_000  # float32, 48 MB: more than the buffers of two sockets hold
@@ -44,7 +44,7 @@ def test_a_run_that_outlasts_the_drain_does_not_keep_the_process(tmp_path, trans
             call = pool.submit(lambda: list(client.stream("slow", [feeds])))
         else:
             call = pool.submit(client.infer, "slow", feeds)
-        while not _busy(client):
+        while not has_to_wait(client, "slow"):
             pass
         process.terminate()
         wait_for(process, '"event": "stopped"')
@@ -60,7 +60,7 @@ def test_a_run_of_an_unloaded_version_does_not_keep_the_process(tmp_path, transp
     with ThreadPoolExecutor() as pool, run_server(path, transport=transport, **OPTIONS) as process:
         client = Client(address_in(wait_for(process, '"event": "ready"')))
         call = pool.submit(lambda: list(client.stream("slow", [{"n": np.array(10_000_000_000)}])))
-        while not _busy(client):
+        while not has_to_wait(client, "slow"):
             pass
         client.unload("slow")
         process.terminate()
@@ -86,15 +86,6 @@ def test_a_run_that_outlasted_the_drain_of_its_version_may_have_ended_since(tmp_
         call.result()
 
         assert server.stop(0)
-
-
-def _busy(client):
-    """Whether a second call has to wait, and is then given up: the first one runs."""
-    try:
-        client.infer("slow", {"n": np.array(0)}, timeout_s=0.2)
-    except Exception:
-        return True
-    return False
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import pytest
 
 from bundle.tensor import NUMPY_TYPES, TensorSpec
 from protos import inference_pb2 as pb
-from protos import inference_pb2_grpc
 from serve import envelope
 from serve.config import ServeConfig
 from serve.envelope import KEPT, parse_request
@@ -65,12 +64,6 @@ def server(tmp_path):
     server = start(ServeConfig((tmp_path / "echo.onnx",), port=0, device="cpu", threads=1, shared_memory=shared))
     yield server
     server.stop(drain_s=0)
-
-
-@pytest.fixture
-def stub(server):
-    with grpc.insecure_channel(server.address) as channel:
-        yield inference_pb2_grpc.GRPCInferenceServiceStub(channel)
 
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason="needs /dev/shm")

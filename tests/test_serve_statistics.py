@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from protos import inference_pb2 as pb
-from protos import inference_pb2_grpc
 from serve import inference
 from serve.config import ServeConfig
 from serve.server import start
@@ -78,12 +77,6 @@ def server(tmp_path):
     server = start(ServeConfig((tmp_path / "echo.onnx",), port=0, device="cpu", threads=1, shared_memory=True))
     yield server
     server.stop(drain_s=0)
-
-
-@pytest.fixture
-def stub(server):
-    with grpc.insecure_channel(server.address) as channel:
-        yield inference_pb2_grpc.GRPCInferenceServiceStub(channel)
 
 
 def into_region(size):

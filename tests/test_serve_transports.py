@@ -21,9 +21,9 @@ from serve import answering, completion_queue, logs, pace, scheduler, wire
 from serve import call as serve_call
 from serve.client import Client
 from serve.config import ServeConfig
-from serve.errors import Cancelled, ServerError, StartError
+from serve.errors import Cancelled, StartError
 from serve.server import start
-from tests.serve_bundles import counter, identity
+from tests.serve_bundles import counter, has_to_wait, identity
 
 PATIENCE_S = 30
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
@@ -156,21 +156,13 @@ def test_a_run_that_is_longer_than_those_before_holds_nobody_up(tmp_path, transp
         for _ in range(300):
             client.infer("count", {"n": np.array(0)})
         long = pool.submit(client.infer, "count", {"n": np.array(3_000_000)})
-        until(lambda: _has_to_wait(client))
+        until(lambda: has_to_wait(client, "count"))
 
         assert all(client.ready() for _ in range(20))
 
         assert not long.done()
         assert long.result()["count"] == 3_000_000
     server.stop(drain_s=0)
-
-
-def _has_to_wait(client):
-    try:
-        client.infer("count", {"n": np.array(0)}, timeout_s=0.2)
-    except ServerError:
-        return True
-    return False
 
 
 def test_a_call_whose_deadline_passes_while_it_waits_is_not_run(stub, served, gate):
